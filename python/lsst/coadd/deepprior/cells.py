@@ -1,0 +1,79 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""The cells of a patch, in which PSFs are constant."""
+
+from __future__ import annotations
+
+__all__ = ("cover_with_cells", "fill_cells", "make_cell_psf")
+
+import math
+
+import numpy as np
+
+from lsst.images import YX, Box
+from lsst.images.cells import CellGrid, CellGridBounds, CellIJ, CellPointSpreadFunction
+
+
+def cover_with_cells(bbox: Box, cell_shape: YX[int]) -> CellGrid:
+    """Lay a grid of cells over a box, from its lower left corner.
+
+    Parameters
+    ----------
+    bbox : `lsst.images.Box`
+        Box in tract pixels.
+    cell_shape : `lsst.images.YX` [`int`]
+        Height and width of a cell in pixels.
+
+    Returns
+    -------
+    grid : `lsst.images.cells.CellGrid`
+        Grid whose box is ``bbox``, enlarged at its upper and right border to a whole number of cells.
+    """
+    shape = YX(
+        y=math.ceil(bbox.y.size / cell_shape.y) * cell_shape.y,
+        x=math.ceil(bbox.x.size / cell_shape.x) * cell_shape.x,
+    )
+    return CellGrid(bbox=Box.from_shape(shape, start=bbox.start), cell_shape=cell_shape)
+
+
+def fill_cells(values: np.ndarray, grid: CellGrid) -> np.ndarray:
+    """Give all pixels of a cell the value of the cell.
+
+    Parameters
+    ----------
+    values : `numpy.ndarray`, (cell_i, cell_j)
+        One value for each cell.
+    grid : `lsst.images.cells.CellGrid`
+        The cells.
+
+    Returns
+    -------
+    pixels : `numpy.ndarray`, (y, x)
+        Values of the pixels.
+    """
+    return np.repeat(np.repeat(values, grid.cell_shape.y, axis=0), grid.cell_shape.x, axis=1)
+
+
+def make_cell_psf(stamps: np.ndarray, grid: CellGrid) -> CellPointSpreadFunction:
+    """Make the PSF of a patch from its stamps.
+
+    Parameters
+    ----------
+    stamps : `numpy.ndarray`, (cell_i, cell_j, k, k)
+        PSF stamps; cells in which all pixels are NaN are missing.
+    grid : `lsst.images.cells.CellGrid`
+        Cells of the patch.
+
+    Returns
+    -------
+    psf : `lsst.images.cells.CellPointSpreadFunction`
+        The PSF.
+    """
+    missing = np.argwhere(np.isnan(stamps).all(axis=(2, 3))).tolist()
+    bounds = CellGridBounds(
+        grid=grid, bbox=grid.bbox, missing=frozenset(CellIJ(i=i, j=j) for i, j in missing)
+    )
+    return CellPointSpreadFunction(stamps, bounds=bounds)

@@ -1,0 +1,223 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""From the arrays of a restoration to the coadds that are published."""
+
+from __future__ import annotations
+
+__all__ = ("MASK_SCHEMA", "InputPlanes", "make_coadds")
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import astropy.units as u
+import numpy as np
+
+from lsst.images import Image, Mask, MaskPlane, MaskSchema, SkyProjection, TractFrame
+from lsst.images.cells import CellCoadd, PatchDefinition
+
+from .cells import fill_cells, make_cell_psf
+from .warps import Warp, WarpInfo, make_provenance
+
+if TYPE_CHECKING:
+    from .restore import Restoration
+
+MASK_SCHEMA = MaskSchema(
+    [
+        MaskPlane("NO_DATA", "No input visit has a good pixel here."),
+        MaskPlane("SAT", "At least one input visit was saturated here."),
+        MaskPlane("CR", "A cosmic ray was found here in at least one input visit."),
+        MaskPlane("INTRP", "At least one input visit was interpolated here."),
+        MaskPlane(
+            "CLIPPED",
+            "At least one input visit was rejected here as an outlier. CLIPPED always implies REJECTED.",
+        ),
+        MaskPlane(
+            "REJECTED",
+            "At least one input visit was left out here, since it was masked or an outlier. "
+            "REJECTED always implies INEXACT_PSF.",
+        ),
+        MaskPlane(
+            "INEXACT_PSF",
+            "The visits that contribute here to the residual coadd are not all that contribute to its PSF.",
+        ),
+        MaskPlane(
+            "SENSOR_EDGE",
+            "The border of an input visit lies in this cell; the visit is not in the cell's residual coadd.",
+        ),
+        MaskPlane("DETECTED", "Pixel is part of a detected source; the restoration itself never sets it."),
+        MaskPlane("PRIOR_CARRIED", "The prior, and not the data, carries the restored image here."),
+    ]
+)
+"""Mask planes of ``deep_prior_coadd`` and ``deep_prior_residual`` (`lsst.images.MaskSchema`)."""
+
+_INPUT_PLANES = {
+    "SAT": ("SAT", "SATURATED"),
+    "CR": ("CR", "COSMIC_RAY"),
+    "INTRP": ("INTRP", "INTERPOLATED"),
+}
+"""Planes that are taken over from the warps, and the names they have there."""
+
+
+class InputPlanes:
+    """What the masks of the warps say about the pixels of a patch, gathered one warp at a time.
+
+    Parameters
+    ----------
+    patch : `lsst.images.cells.PatchDefinition`
+        Definition of the patch.
+    """
+
+    def __init__(self, patch: PatchDefinition) -> None:
+        shape = tuple(patch.cells.bbox.shape)
+        self.patch = patch
+        self._planes = {name: np.zeros(shape, dtype=bool) for name in _INPUT_PLANES}
+        self._n_expected = np.zeros(shape, dtype=np.uint16)
+        self._n_rejected = np.zeros(shape, dtype=np.uint16)
+
+    def add(self, warp: Warp, bad_planes: Iterable[str]) -> None:
+        """Add a warp that goes into the coadd.
+
+        Parameters
+        ----------
+        warp : `Warp`
+            The warp.
+        bad_planes : `~collections.abc.Iterable` [`str`]
+            Mask planes that make a pixel unusable.
+        """
+        region = warp.bbox.slice_within(self.patch.cells.bbox)
+        expected = warp.in_psf_cell
+        for name, aliases in _INPUT_PLANES.items():
+            self._planes[name][region] |= warp.flagged(aliases)
+        self._n_expected[region] += expected
+        self._n_rejected[region] += expected & warp.unusable(bad_planes)
+
+    @property
+    def planes(self) -> Mapping[str, np.ndarray]:
+        """Pixels with the planes SAT, CR, INTRP and REJECTED, each (y, x) bool."""
+        return self._planes | {"REJECTED": self._n_rejected > 0}
+
+    @property
+    def rejected_fraction(self) -> np.ndarray:
+        """Fraction of the visits with pixel and PSF in which the pixel is unusable, (y, x) float32.
+
+        It is NaN where there is no such visit.
+        """
+        with np.errstate(invalid="ignore"):
+            return self._n_rejected.astype(np.float32) / self._n_expected
+
+
+def make_coadds(
+    restoration: Restoration,
+    warps: Sequence[WarpInfo],
+    input_planes: InputPlanes,
+    *,
+    sky_projection: SkyProjection[TractFrame],
+    band: str,
+    metadata: Mapping[str, str | int | float] | None = None,
+) -> tuple[CellCoadd, CellCoadd]:
+    """Make the restored coadd and the residual coadd of a patch.
+
+    Parameters
+    ----------
+    restoration : `~lsst.coadd.deepprior.restore.Restoration`
+        Arrays of the whole patch.
+    warps : `~collections.abc.Sequence` [`WarpInfo`]
+        The visits, in the order of the arrays of ``restoration``.
+    input_planes : `InputPlanes`
+        What the masks of these visits say.
+    sky_projection : `lsst.images.SkyProjection`
+        Projection of the tract.
+    band : `str`
+        Name of the band.
+    metadata : `~collections.abc.Mapping`, optional
+        Versions and settings to be stored with both coadds.
+
+    Returns
+    -------
+    coadd : `lsst.images.cells.CellCoadd`
+        The restored image, at the target PSF.  Cells in which no visit has a good pixel are missing.
+        Elsewhere, pixels without a good visit carry the model's value, the planes ``NO_DATA`` and
+        ``PRIOR_CARRIED``, and the variance NaN.
+    residual : `lsst.images.cells.CellCoadd`
+        Coadd of data minus model, at the PSF of the plain coadd.  Cells that no visit covers as a whole are
+        missing; pixels without a good visit are NaN, and have the plane ``NO_DATA``.
+
+    Raises
+    ------
+    ValueError
+        Raised if the restoration is not that of these visits and this patch.
+    """
+    patch = input_planes.patch
+    grid = patch.cells
+    n_cells = grid.grid_size.as_tuple()
+    if restoration.image.shape != tuple(grid.bbox.shape):
+        raise ValueError(
+            f"The restored image has the shape {restoration.image.shape}, its patch {tuple(grid.bbox.shape)}."
+        )
+    if restoration.cell_weight.shape != (len(warps), *n_cells):
+        raise ValueError(
+            f"The cell weights have the shape {restoration.cell_weight.shape}, there are {len(warps)} visits "
+            f"and {n_cells} cells."
+        )
+    seen = restoration.n_visits > 0
+    partly_covered = np.any((restoration.cell_overlap > 0.0) & (restoration.cell_overlap < 1.0), axis=0)
+    rejected = input_planes.planes["REJECTED"] | restoration.clipped
+    planes = {
+        **input_planes.planes,
+        "CLIPPED": restoration.clipped,
+        "REJECTED": rejected,
+        "INEXACT_PSF": restoration.masked | rejected,
+        "SENSOR_EDGE": fill_cells(partly_covered, grid),
+        "PRIOR_CARRIED": restoration.prior_carried | ~seen,
+    }
+
+    def assemble(
+        image: np.ndarray, variance: np.ndarray, psf: np.ndarray, no_data: np.ndarray, contributes: np.ndarray
+    ) -> CellCoadd:
+        has_psf = np.isfinite(psf).all(axis=(2, 3))
+        missing = fill_cells(~has_psf, grid)
+        mask = Mask(schema=MASK_SCHEMA, bbox=grid.bbox)
+        for name, pixels in planes.items():
+            mask.set(name, pixels)
+        mask.set("NO_DATA", no_data | missing)
+        coadd = CellCoadd(
+            _image(np.where(missing, np.nan, image), patch, u.nJy),
+            mask=mask,
+            variance=_image(np.where(missing | no_data, np.nan, variance), patch, u.nJy**2),
+            mask_fractions={"rejected": _image(input_planes.rejected_fraction, patch)},
+            sky_projection=sky_projection,
+            band=band,
+            psf=make_cell_psf(psf, grid),
+            patch=patch,
+            provenance=make_provenance(
+                warps,
+                patch,
+                contributes=contributes,
+                weight=restoration.cell_weight,
+                overlap_fraction=restoration.cell_overlap,
+                unmasked_fraction=restoration.cell_good_fraction,
+            ),
+        )
+        coadd.metadata.update(metadata or {})
+        return coadd
+
+    any_seen = seen.reshape(n_cells[0], grid.cell_shape.y, n_cells[1], grid.cell_shape.x).any(axis=(1, 3))
+    target_psf = np.where(any_seen[:, :, np.newaxis, np.newaxis], restoration.target_psf, np.nan)
+    coadd = assemble(
+        restoration.image, restoration.variance, target_psf, ~seen, restoration.cell_good_fraction > 0.0
+    )
+    residual = assemble(
+        restoration.residual,
+        restoration.residual_variance,
+        restoration.residual_psf,
+        ~np.isfinite(restoration.residual),
+        restoration.cell_weight > 0.0,
+    )
+    return coadd, residual
+
+
+def _image(array: np.ndarray, patch: PatchDefinition, unit: u.UnitBase | None = None) -> Image:
+    return Image(array.astype(np.float32, copy=False), bbox=patch.cells.bbox, unit=unit)

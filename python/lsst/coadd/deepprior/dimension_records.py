@@ -1,0 +1,159 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Dimension records of warps in a Butler repository."""
+
+from __future__ import annotations
+
+__all__ = ("check_records", "insert_patch", "insert_visits", "records")
+
+import hashlib
+from collections.abc import Iterable
+
+from astropy.wcs import WCS
+
+from lsst.daf.butler import Butler, DimensionRecord
+from lsst.images import Box, SkyProjection, SkyProjectionAstropyView, TractFrame
+from lsst.images.cells import PatchDefinition
+from lsst.sphgeom import ConvexPolygon, LonLat, UnitVector3d
+
+from .warp_file_header import WarpFileHeader
+from .warp_files import InvalidWarpFileError
+
+
+def records(butler: Butler, element: str, **data_id: str | int) -> list[DimensionRecord]:
+    """Return the records of a dimension element that a repository holds.
+
+    Parameters
+    ----------
+    butler : `lsst.daf.butler.Butler`
+        The repository.
+    element : `str`
+        Name of the element.
+    **data_id : `str` or `int`
+        Dimensions that the records must have.
+
+    Returns
+    -------
+    records : `list` [`lsst.daf.butler.DimensionRecord`]
+        The records, none if the repository does not know the dimensions.
+    """
+    return butler.query_dimension_records(element, data_id=data_id, explain=False)
+
+
+def check_records(butler: Butler, headers: Iterable[WarpFileHeader]) -> None:
+    """Refuse files that contradict what the repository knows about their visit or filter.
+
+    Parameters
+    ----------
+    butler : `lsst.daf.butler.Butler`
+        The repository.
+    headers : `~collections.abc.Iterable` [`WarpFileHeader`]
+        Headers of the files.
+
+    Raises
+    ------
+    InvalidWarpFileError
+        Raised if a file contradicts the repository.
+    """
+    for header in headers:
+        of_filter = {"instrument": header.instrument, "physical_filter": header.physical_filter}
+        for record in records(butler, "physical_filter", **of_filter):
+            if record.band != header.band:
+                raise InvalidWarpFileError(
+                    header.path,
+                    f"it gives the filter {header.physical_filter!r} the band {header.band!r}, "
+                    f"the repository gives it {record.band!r}",
+                )
+        for record in records(butler, "visit", instrument=header.instrument, visit=header.visit):
+            if (record.physical_filter, record.day_obs) != (header.physical_filter, header.day_obs):
+                raise InvalidWarpFileError(
+                    header.path,
+                    f"it gives {header.label} the filter {header.physical_filter!r} and the night "
+                    f"{header.day_obs}, the repository gives it {record.physical_filter!r} and "
+                    f"{record.day_obs}",
+                )
+
+
+def insert_visits(butler: Butler, headers: Iterable[WarpFileHeader]) -> None:
+    """Insert the records of visits, with their instrument, filter and night, where they are absent.
+
+    Parameters
+    ----------
+    butler : `lsst.daf.butler.Butler`
+        The repository.
+    headers : `~collections.abc.Iterable` [`WarpFileHeader`]
+        Headers of the files of the visits.
+    """
+    for header in headers:
+        instrument = header.instrument
+        region = ConvexPolygon.convexHull(_sky_vertices(header.bbox, header.wcs))
+        _insert(butler, "instrument", name=instrument)
+        _insert(
+            butler, "physical_filter", instrument=instrument, name=header.physical_filter, band=header.band
+        )
+        _insert(butler, "day_obs", instrument=instrument, id=header.day_obs)
+        _insert(
+            butler,
+            "visit",
+            instrument=instrument,
+            id=header.visit,
+            name=str(header.visit),
+            physical_filter=header.physical_filter,
+            day_obs=header.day_obs,
+            exposure_time=header.exposure_time,
+            timespan=header.timespan,
+            region=region,
+        )
+        _grow_region(butler, "visit", region, instrument=instrument, visit=header.visit)
+
+
+def insert_patch(butler: Butler, patch: PatchDefinition, sky_projection: SkyProjection[TractFrame]) -> None:
+    """Insert the records of a patch, its tract and its skymap, where they are absent.
+
+    Parameters
+    ----------
+    butler : `lsst.daf.butler.Butler`
+        The repository.
+    patch : `lsst.images.cells.PatchDefinition`
+        Definition of the patch.
+    sky_projection : `lsst.images.SkyProjection`
+        Projection of the tract.
+    """
+    skymap, tract = sky_projection.pixel_frame.skymap, sky_projection.pixel_frame.tract
+    region = ConvexPolygon.convexHull(_sky_vertices(patch.outer_bbox, sky_projection.as_astropy()))
+    # Graph building accepts no NULL for the hash and for cell_x and cell_y.
+    _insert(butler, "skymap", name=skymap, hash=hashlib.sha1(skymap.encode()).digest())
+    _insert(butler, "tract", skymap=skymap, id=tract, region=region)
+    _grow_region(butler, "tract", region, skymap=skymap, tract=tract)
+    _insert(
+        butler,
+        "patch",
+        skymap=skymap,
+        tract=tract,
+        id=patch.id,
+        cell_x=patch.index.x,
+        cell_y=patch.index.y,
+        region=region,
+    )
+
+
+def _insert(butler: Butler, element: str, **record: object) -> None:
+    butler.registry.insertDimensionData(element, record, skip_existing=True)
+
+
+def _grow_region(butler: Butler, element: str, region: ConvexPolygon, **data_id: str | int) -> None:
+    """Make the region of a record cover another region, as more of a visit or tract becomes known."""
+    (record,) = records(butler, element, **data_id)
+    if isinstance(record.region, ConvexPolygon) and not record.region.contains(region):
+        hull = ConvexPolygon.convexHull([*record.region.getVertices(), *region.getVertices()])
+        butler.registry.syncDimensionData(element, record.toDict() | {"region": hull}, update=True)
+
+
+def _sky_vertices(bbox: Box, wcs: WCS | SkyProjectionAstropyView) -> list[UnitVector3d]:
+    """Return the corners of a box of pixels on the sky."""
+    polygon = bbox.to_polygon()
+    sky = wcs.pixel_to_world(polygon.x_vertices, polygon.y_vertices)
+    return [UnitVector3d(LonLat.fromRadians(*radec)) for radec in zip(sky.ra.rad, sky.dec.rad, strict=True)]

@@ -1,0 +1,252 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""The joint linear fit of many overlapping templates to a coadd whose PSF varies from cell to cell."""
+
+from __future__ import annotations
+
+__all__ = ("Coadd", "JointFit", "Stamp", "render", "sum_stamps")
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.signal
+import scipy.sparse
+import scipy.sparse.csgraph
+import scipy.sparse.linalg
+
+from .psf import carry_kernel, fwhm, shift_stamp
+
+
+class Stamp(NamedTuple):
+    """A piece of the patch: ``array[0, 0]`` is its pixel ``(y0, x0)``."""
+
+    y0: int
+    x0: int
+    array: np.ndarray
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """The part of the patch that the stamp covers."""
+        height, width = self.array.shape
+        return slice(self.y0, self.y0 + height), slice(self.x0, self.x0 + width)
+
+    def cropped(self, shape: tuple[int, int]) -> Stamp:
+        """Return the part of the stamp that lies in a patch of some shape."""
+        y, x = max(self.y0, 0), max(self.x0, 0)
+        stop_y, stop_x = shape[0] - self.y0, shape[1] - self.x0
+        return Stamp(y, x, self.array[y - self.y0 : max(stop_y, 0), x - self.x0 : max(stop_x, 0)])
+
+
+def sum_stamps(stamps: Sequence[Stamp]) -> Stamp:
+    """Add stamps on the smallest box that holds them all."""
+    y0, x0 = min(s.y0 for s in stamps), min(s.x0 for s in stamps)
+    height = max(s.slices[0].stop for s in stamps) - y0
+    width = max(s.slices[1].stop for s in stamps) - x0
+    total = np.zeros((height, width))
+    for stamp in stamps:
+        total[Stamp(stamp.y0 - y0, stamp.x0 - x0, stamp.array).slices] += stamp.array
+    return Stamp(y0, x0, total)
+
+
+class Coadd:
+    """The plain coadd as model plus residual, with its noise and its PSF in each cell.
+
+    Parameters
+    ----------
+    model : `numpy.ndarray`, (y, x)
+        Restored image in nJy, finite.
+    target_sigma : `float`
+        Sigma in pixels of the Gaussian PSF of ``model``.
+    residual : `numpy.ndarray`, (y, x)
+        Coadd of data minus model in nJy, NaN where there is no data.
+    variance : `numpy.ndarray`, (y, x)
+        Variance of ``residual`` in nJy^2; what is not positive is taken as no data.
+    psf : `numpy.ndarray`, (cell_i, cell_j, k, k)
+        PSF of ``residual`` in each cell, odd size, unit sum; NaN in missing cells.
+
+    Attributes
+    ----------
+    image : `numpy.ndarray`, (y, x)
+        The model carried to the coadd PSF plus the residual, in nJy; 0 where there is no data.
+    good : `numpy.ndarray`, (y, x), bool
+        Pixels with data.
+    weight : `numpy.ndarray`, (y, x)
+        One weight a cell, the inverse of its median variance; 0 where there is no data.
+    information : `numpy.ndarray`, (y, x)
+        Inverse variance of the flux of a point source at each pixel, in nJy^-2.
+    fwhm : `numpy.ndarray`, (cell_i, cell_j)
+        FWHM of the PSF in pixels; in missing cells the median of the others.
+    """
+
+    def __init__(
+        self,
+        model: np.ndarray,
+        target_sigma: float,
+        residual: np.ndarray,
+        variance: np.ndarray,
+        psf: np.ndarray,
+    ) -> None:
+        self.shape = model.shape
+        self.psf = psf
+        n_i, n_j = psf.shape[:2]
+        self.height, self.width = self.shape[0] // n_i, self.shape[1] // n_j
+        self.fwhm = np.full((n_i, n_j), np.nan)
+        self.kernels = np.full(psf.shape, np.nan)
+        done: dict[bytes, tuple[int, int]] = {}
+        for i, j in np.ndindex(n_i, n_j):
+            stamp = psf[i, j]
+            if np.isfinite(stamp).all():
+                first = done.setdefault(stamp.tobytes(), (i, j))  # constant PSFs are common
+                if first == (i, j):
+                    self.fwhm[i, j] = fwhm(stamp)
+                    self.kernels[i, j] = carry_kernel(stamp, target_sigma)
+                else:
+                    self.fwhm[i, j], self.kernels[i, j] = self.fwhm[first], self.kernels[first]
+
+        if np.isfinite(self.fwhm).any():
+            self.fwhm[np.isnan(self.fwhm)] = np.nanmedian(self.fwhm)
+        self.good = np.isfinite(residual) & np.isfinite(variance) & (variance > 0.0)
+        self.variance = np.where(self.good, variance, 0.0)
+        self.weight = np.zeros(self.shape)
+        for i, j in np.ndindex(n_i, n_j):
+            cell = np.s_[i * self.height : (i + 1) * self.height, j * self.width : (j + 1) * self.width]
+            if (good := self.good[cell]).any():
+                self.weight[cell] = good / np.median(variance[cell][good])
+        self.image = np.where(self.good, self.carry(Stamp(0, 0, model)).array + residual, 0.0)
+        self.information = np.maximum(self.correlate(self.weight, power=2), 0.0)
+
+    def cell(self, y: float, x: float) -> tuple[int, int]:
+        """Return the cell that holds a position in array coordinates."""
+        return (
+            min(max(round(y) // self.height, 0), self.psf.shape[0] - 1),
+            min(max(round(x) // self.width, 0), self.psf.shape[1] - 1),
+        )
+
+    def convolve(self, stamp: Stamp, kernels: np.ndarray) -> Stamp:
+        """Convolve a stamp; each pixel of the result uses the kernel of its own cell, and is 0 in missing
+        cells.
+        """
+        half = kernels.shape[-1] // 2
+        ys, xs = stamp.slices
+        y0, y1 = max(ys.start - half, 0), min(ys.stop + half, self.shape[0])
+        x0, x1 = max(xs.start - half, 0), min(xs.stop + half, self.shape[1])
+        result = np.zeros((y1 - y0, x1 - x0))
+        for i in range(y0 // self.height, (y1 - 1) // self.height + 1):
+            for j in range(x0 // self.width, (x1 - 1) // self.width + 1):
+                if not np.isfinite(kernels[i, j, 0, 0]):
+                    continue
+                oy0, oy1 = max(y0, i * self.height), min(y1, (i + 1) * self.height)
+                ox0, ox1 = max(x0, j * self.width), min(x1, (j + 1) * self.width)
+                iy0, iy1 = max(ys.start, oy0 - half), min(ys.stop, oy1 + half)
+                ix0, ix1 = max(xs.start, ox0 - half), min(xs.stop, ox1 + half)
+                source = stamp.array[iy0 - ys.start : iy1 - ys.start, ix0 - xs.start : ix1 - xs.start]
+                full = scipy.signal.fftconvolve(source.astype(float), kernels[i, j])
+                result[oy0 - y0 : oy1 - y0, ox0 - x0 : ox1 - x0] = full[
+                    oy0 - iy0 + half : oy1 - iy0 + half, ox0 - ix0 + half : ox1 - ix0 + half
+                ]
+        return Stamp(y0, x0, result)
+
+    def carry(self, stamp: Stamp) -> Stamp:
+        """Carry a piece of the restored image to the coadd PSF."""
+        return self.convolve(stamp, self.kernels)
+
+    def correlate(self, image: np.ndarray, power: int) -> np.ndarray:
+        """Sum an image under the PSF, to some power, centred on each pixel."""
+        return self.convolve(Stamp(0, 0, image), self.psf[:, :, ::-1, ::-1] ** power).array
+
+    def point(self, y: float, x: float) -> Stamp:
+        """Return a point source of unit flux; it is empty in missing cells."""
+        stamp = self.psf[self.cell(y, x)]
+        iy, ix, half = round(y), round(x), stamp.shape[0] // 2
+        array = shift_stamp(stamp, x - ix, y - iy) if np.isfinite(stamp).all() else np.zeros_like(stamp)
+        return Stamp(iy - half, ix - half, array).cropped(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class JointFit:
+    """Normal equations ``N f = b`` of a joint linear fit, and ``M``, the covariance of ``b``."""
+
+    normal: scipy.sparse.csr_array
+    right: np.ndarray
+    noise: scipy.sparse.csr_array
+
+    @classmethod
+    def of(cls, templates: Sequence[Stamp], coadd: Coadd) -> JointFit:
+        """Set up the fit of templates to a coadd.
+
+        Parameters
+        ----------
+        templates : `~collections.abc.Sequence` [`Stamp`]
+            Images of unit parameters.
+        coadd : `Coadd`
+            Data, weights and noise.
+
+        Returns
+        -------
+        fit : `JointFit`
+            Normal equations.
+        """
+        design = _design_matrix(templates, coadd.shape)
+        weighted = scipy.sparse.diags_array(coadd.weight.ravel()) @ design
+        noise = weighted.T @ scipy.sparse.diags_array(coadd.variance.ravel()) @ weighted
+        return cls((weighted.T @ design).tocsr(), weighted.T @ coadd.image.ravel(), noise.tocsr())
+
+    def combined(self, mixing: scipy.sparse.csr_array) -> JointFit:
+        """Return the fit whose parameters are mixtures (old, new) of these."""
+        return JointFit(
+            (mixing.T @ self.normal @ mixing).tocsr(),
+            mixing.T @ self.right,
+            (mixing.T @ self.noise @ mixing).tocsr(),
+        )
+
+    def correlation(self) -> scipy.sparse.csr_array:
+        """Return the correlations of the templates off the diagonal."""
+        scale = scipy.sparse.diags_array(1.0 / np.sqrt(self.normal.diagonal()))
+        result = (scale @ self.normal @ scale).tolil()
+        result.setdiag(0.0)
+        return result.tocsr()
+
+    def solution(self) -> np.ndarray:
+        """Return the parameters that fit best."""
+        ridge = scipy.sparse.diags_array(1e-10 * self.normal.diagonal())  # two templates may be the same
+        return np.atleast_1d(scipy.sparse.linalg.spsolve((self.normal + ridge).tocsc(), self.right))
+
+    def errors(self) -> np.ndarray:
+        """Return standard errors, the root of the diagonal of ``N^-1 M N^-1``.
+
+        Templates whose correlation is below 1 % are taken as independent.
+        """
+        n, labels = scipy.sparse.csgraph.connected_components(abs(self.correlation()) > 0.01, directed=False)
+        variance = np.empty(len(labels))
+        order = np.argsort(labels, kind="stable")
+        for members in np.split(order, np.searchsorted(labels[order], np.arange(1, n))):
+            block = np.ix_(members, members)
+            inverse = np.linalg.pinv(self.normal[block].toarray(), hermitian=True)
+            variance[members] = np.einsum("ij,jk,ki->i", inverse, self.noise[block].toarray(), inverse)
+        return np.sqrt(variance)
+
+
+def _design_matrix(stamps: Sequence[Stamp], shape: tuple[int, int]) -> scipy.sparse.csc_array:
+    """Make a design matrix (pixel, stamp)."""
+    rows, values = [], []
+    for stamp in stamps:
+        ys, xs = stamp.slices
+        rows.append((np.arange(ys.start, ys.stop)[:, None] * shape[1] + np.arange(xs.start, xs.stop)).ravel())
+        values.append(stamp.array.ravel())
+    starts = np.cumsum([0] + [len(r) for r in rows])
+    return scipy.sparse.csc_array(
+        (np.concatenate(values), np.concatenate(rows), starts), shape=(shape[0] * shape[1], len(stamps))
+    )
+
+
+def render(templates: Sequence[Stamp], amplitudes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Add up templates times amplitudes on an image of some shape."""
+    image = np.zeros(shape)
+    for template, amplitude in zip(templates, amplitudes, strict=True):
+        image[template.slices] += amplitude * template.array
+    return image

@@ -1,0 +1,365 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Sources of a restored patch, measured so that the prior cancels.
+
+The restored image ``x`` has the target PSF ``g``; the residual coadd ``r`` holds what the model did not
+explain, at the PSF ``P`` of the plain coadd. Carried to that PSF, the model and the residual give back the
+data,
+
+    D = x * (P / g) + r,
+
+whatever the prior took away or added. ``x`` says where sources are and how they share the light; every
+number is then fitted to ``D``, with the errors of the data.
+"""
+
+from __future__ import annotations
+
+__all__ = ("APERTURES", "MeasureInputs", "measure_sources")
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import scipy.ndimage
+import scipy.sparse
+import sep
+from astropy import units as u
+from astropy.table import Column, Table
+
+from .deblend import BLEND, DetectionSettings, detect_sources
+from .joint_fit import Coadd, JointFit, Stamp, render
+
+APERTURES = (1.0, 1.5, 2.5)
+"""Radii of the aperture fluxes, in units of the FWHM of the coadd PSF at the source."""
+
+_COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
+    "id": (int, None, "Number of the source within its tract, patch and band, from 1, brightest first."),
+    "x": (float, u.pix, "Position on the tract's pixel grid, x."),
+    "y": (float, u.pix, "Position on the tract's pixel grid, y."),
+    "x_err": (float, u.pix, "Standard error of x from the noise of the data."),
+    "y_err": (float, u.pix, "Standard error of y from the noise of the data."),
+    "ra": (float, u.deg, "Right ascension (ICRS)."),
+    "dec": (float, u.deg, "Declination (ICRS)."),
+    "flux": (float, u.nJy, "Total flux: joint fit of the sources' own shapes to the data."),
+    "flux_err": (float, u.nJy, "Standard error of flux from the noise of the data, neighbours included."),
+    "psf_flux": (float, u.nJy, "Point-source flux: joint fit of the coadd PSF to the data at all positions."),
+    "psf_flux_err": (float, u.nJy, "Standard error of psf_flux."),
+    **{
+        f"ap{n}_{suffix}": (float, u.nJy, text.format(radius))
+        for n, radius in enumerate(APERTURES, start=1)
+        for suffix, text in (
+            (
+                "flux",
+                "Data within {} coadd_fwhm of the position, neighbours subtracted, no aperture correction.",
+            ),
+            ("flux_err", "Standard error of the flux within {} coadd_fwhm."),
+        )
+    },
+    "ixx": (float, u.pix**2, "Adaptive second moment of the restored image (at the target PSF), xx."),
+    "iyy": (float, u.pix**2, "Adaptive second moment of the restored image (at the target PSF), yy."),
+    "ixy": (float, u.pix**2, "Adaptive second moment of the restored image (at the target PSF), xy."),
+    "coadd_fwhm": (float, u.pix, "FWHM of the plain coadd's PSF at the source; unit of the aperture radii."),
+    "is_patch_inner": (
+        bool,
+        None,
+        "The position is in the inner box of the patch, which no other patch shares.",
+    ),
+    "flag_edge": (
+        bool,
+        None,
+        "Closer than coadd_fwhm to the border of the patch: part of the light is missing.",
+    ),
+    "flag_no_data": (bool, None, "A pixel in the core of the source has no data."),
+    "flag_saturated": (bool, None, "A pixel in the core of the source is saturated in a visit."),
+    "flag_clipped": (bool, None, "A pixel in the core of the source was rejected as an outlier in a visit."),
+    "flag_prior_carried": (bool, None, "The prior and not the data carries at least half of the core."),
+    "flag_blended": (bool, None, "Shares light with another source of the catalogue."),
+    "flag_residual_only": (
+        bool,
+        None,
+        "Found in the residual, not in the restored image; flux is the PSF's.",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MeasureInputs:
+    """A restored patch in plain arrays.
+
+    Parameters
+    ----------
+    model : `numpy.ndarray`, (y, x)
+        Restored image in nJy; NaN is taken as 0.
+    target_sigma : `float`
+        Sigma in pixels of the Gaussian PSF of ``model``.
+    residual : `numpy.ndarray`, (y, x)
+        Coadd of data minus model in nJy, NaN where there is no data.
+    variance : `numpy.ndarray`, (y, x)
+        Variance of ``residual`` in nJy^2.
+    psf : `numpy.ndarray`, (cell_i, cell_j, k, k)
+        PSF of ``residual`` in each cell, odd size, unit sum; NaN in missing coadd.
+    planes : `~collections.abc.Mapping` [`str`, `numpy.ndarray`]
+        Mask planes, (y, x) bool, by name; ``SAT``, ``CLIPPED`` and ``PRIOR_CARRIED`` become flags.
+    origin : `tuple` [`int`, `int`]
+        Tract pixel ``(y0, x0)`` of the first array element.
+    inner : `tuple` [`slice`, `slice`]
+        Tract pixels ``(y, x)`` of the inner box of the patch.
+
+    Raises
+    ------
+    ValueError
+        Raised if the shapes do not fit together.
+    """
+
+    model: np.ndarray
+    target_sigma: float
+    residual: np.ndarray
+    variance: np.ndarray
+    psf: np.ndarray
+    planes: Mapping[str, np.ndarray]
+    origin: tuple[int, int]
+    inner: tuple[slice, slice]
+
+    def __post_init__(self) -> None:
+        shape = self.model.shape
+        for name, image in {"residual": self.residual, "variance": self.variance, **self.planes}.items():
+            if image.shape != shape:
+                raise ValueError(
+                    f"The {name} image is {image.shape} and the model {shape}; they must be equal."
+                )
+        if shape[0] % self.psf.shape[0] or shape[1] % self.psf.shape[1]:
+            raise ValueError(
+                f"An image of {shape} pixels cannot be cut into {self.psf.shape[:2]} equal cells."
+            )
+
+
+def measure_sources(
+    inputs: MeasureInputs,
+    pixel_to_sky: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    settings: DetectionSettings = DetectionSettings(),  # noqa: B008
+) -> Table:
+    """Detect and measure the sources of a restored patch.
+
+    Parameters
+    ----------
+    inputs : `MeasureInputs`
+        Model, residual and PSFs.
+    pixel_to_sky : `~collections.abc.Callable`
+        Function of tract pixels ``x`` and ``y`` that returns right ascension and declination in degrees.
+    settings : `DetectionSettings`
+        Thresholds.
+
+    Returns
+    -------
+    sources : `astropy.table.Table`
+        One row a source, brightest first, with a description and, where it has one, a unit for each column.
+
+    Notes
+    -----
+    *Detection.* ``x`` above a low threshold is divided between its peaks; their joint fluxes and errors come
+    from the data. What stays below ``min_snr`` is merged into the neighbour it overlaps most or, if it
+    overlaps none, dropped. Peaks above ``min_snr`` in what the fit leaves of ``D`` are added, with the PSF
+    as their template, except near pixels that were rejected as outliers in a visit: what is left there is
+    rather the rest of a trail or a cosmic ray.
+
+    *Flux.* Each pixel of ``x`` is shared between the sources that reach it in proportion to ``min(x(p),
+    x(p'))``, with p' the mirror image of p about the source (the deblender of SDSS, Lupton 2001). A piece,
+    carried to the coadd PSF and normalised to unit sum, is the template ``T_j`` of its source. All fluxes
+    are one linear fit, ``f = N^-1 T^T W D`` with ``N = T^T W T``; their errors are the diagonal of ``N^-1
+    T^T W C W T N^-1``, with ``C`` the variance of the data. ``W`` is one weight a cell, so that the photon
+    noise of a pixel does not bias the flux.
+
+    *Position.* The centroid on ``x`` plus the linear fit of the templates' gradients to what is left of
+    ``D``, so that a centroid that the prior has pulled is put right; the error is that of the fit.
+    """
+    model = np.where(np.isfinite(inputs.model), inputs.model, 0.0).astype(np.float32)
+    coadd = Coadd(model, inputs.target_sigma, inputs.residual, inputs.variance, inputs.psf)
+    if not coadd.good.any():
+        return _table({name: np.zeros(0) for name in _COLUMNS})
+
+    pieces, templates = detect_sources(model, inputs.target_sigma, coadd, settings)
+    n_model = len(templates)
+    clipped = inputs.planes.get("CLIPPED", np.zeros(coadd.shape, dtype=bool))
+    templates += _missed(templates, coadd, clipped, settings)
+    while templates:
+        fit = JointFit.of(templates, coadd)
+        flux, flux_err = fit.solution(), fit.errors()
+        if (keep := flux >= settings.min_snr * flux_err).all():
+            break
+        n_model = int(keep[:n_model].sum())
+        pieces = [piece for piece, kept in zip(pieces, keep, strict=False) if kept]
+        templates = [template for template, kept in zip(templates, keep, strict=True) if kept]
+    if not templates:
+        return _table({name: np.zeros(0) for name in _COLUMNS})
+
+    columns: dict[str, np.ndarray] = {"flux": flux, "flux_err": flux_err}
+    n = len(templates)
+    shapes = np.full((n, 5), np.nan)
+    for k, piece in enumerate(pieces):
+        shapes[k] = _adaptive_moments(piece, inputs.target_sigma)
+    for k in range(n_model, n):
+        shapes[k, :2] = _centroid(templates[k])
+    y, x = shapes[:, 0], shapes[:, 1]
+    columns |= dict(zip(("iyy", "ixx", "ixy"), shapes[:, 2:].T, strict=True))
+
+    # A source displaced by d pixels looks like flux * T - flux * d * slope of T.
+    shift_fit = JointFit.of(templates + _slopes(templates), coadd)
+    limit = 0.5 * np.nanmedian(coadd.fwhm)
+    shift = np.clip(-shift_fit.solution()[n:].reshape(2, n) / flux, -limit, limit)
+    shift_err = shift_fit.errors()[n:].reshape(2, n) / flux
+    y, x = y + shift[0], x + shift[1]
+    columns |= {"y_err": shift_err[0], "x_err": shift_err[1]}
+
+    columns |= _point_and_aperture_fluxes(y, x, templates, flux, coadd)
+    columns["flag_residual_only"] = np.arange(n) >= n_model
+    columns["flag_blended"] = fit.correlation().max(axis=1).toarray().ravel() > BLEND
+    columns |= _core_flags(y, x, columns["coadd_fwhm"], coadd.good, inputs.planes)
+    border = np.minimum(np.minimum(y, coadd.shape[0] - 1 - y), np.minimum(x, coadd.shape[1] - 1 - x))
+    columns["flag_edge"] = border < columns["coadd_fwhm"]
+
+    y, x = y + inputs.origin[0], x + inputs.origin[1]
+    columns |= {"y": y, "x": x}
+    columns["ra"], columns["dec"] = pixel_to_sky(x, y)
+    inner_y, inner_x = inputs.inner
+    columns["is_patch_inner"] = (
+        (y >= inner_y.start - 0.5)
+        & (y < inner_y.stop - 0.5)
+        & (x >= inner_x.start - 0.5)
+        & (x < inner_x.stop - 0.5)
+    )
+    order = np.argsort(-flux, kind="stable")
+    columns = {name: values[order] for name, values in columns.items()}
+    columns["id"] = np.arange(1, n + 1)
+    return _table(columns)
+
+
+def _table(columns: Mapping[str, np.ndarray]) -> Table:
+    """Put columns in their order, with types, units and descriptions."""
+    return Table(
+        [
+            Column(np.asarray(columns[name], dtype=dtype), name=name, unit=unit, description=text)
+            for name, (dtype, unit, text) in _COLUMNS.items()
+        ]
+    )
+
+
+def _missed(
+    templates: Sequence[Stamp], coadd: Coadd, clipped: np.ndarray, settings: DetectionSettings
+) -> list[Stamp]:
+    """Find point sources in what the fit of the model's sources leaves of the data (matched filter)."""
+    # With the slopes, so that a source that the prior has displaced is not found once more beside itself.
+    basis = [*templates, *_slopes(templates)]
+    fitted = render(basis, JointFit.of(basis, coadd).solution() if basis else np.zeros(0), coadd.shape)
+    error = 1.0 / np.sqrt(np.maximum(coadd.information, 1e-30))
+    flux = coadd.correlate(coadd.weight * (coadd.image - fitted), power=1) * error**2
+    floor = settings.psf_error * np.abs(coadd.correlate(coadd.weight * fitted, power=1)) * error**2
+    snr = np.where(coadd.good, flux / np.hypot(error, floor), 0.0)
+    radius = max(1, round(np.nanmedian(coadd.fwhm)))
+    size = 2 * radius + 1
+    peaks = (snr >= settings.min_snr) & (snr == scipy.ndimage.maximum_filter(snr, size))
+    peaks &= ~scipy.ndimage.maximum_filter(clipped, size)
+    peaks[[0, -1]], peaks[:, [0, -1]] = False, False
+    found = []
+    for iy, ix in np.argwhere(peaks):
+        below, at, above = flux[iy - 1, ix], flux[iy, ix], flux[iy + 1, ix]
+        left, right = flux[iy, ix - 1], flux[iy, ix + 1]
+        dy = 0.5 * (below - above) / min(below + above - 2.0 * at, -1e-30)
+        dx = 0.5 * (left - right) / min(left + right - 2.0 * at, -1e-30)
+        found.append(coadd.point(iy + np.clip(dy, -0.5, 0.5), ix + np.clip(dx, -0.5, 0.5)))
+    return found
+
+
+def _centroid(stamp: Stamp) -> tuple[float, float]:
+    """Return the first moments (y, x) of a stamp."""
+    y, x = scipy.ndimage.center_of_mass(stamp.array)
+    return stamp.y0 + y, stamp.x0 + x
+
+
+def _adaptive_moments(piece: Stamp, sigma: float) -> np.ndarray:
+    """Return ``y, x, iyy, ixx, ixy`` under the elliptical Gaussian weight that fits them (Bernstein &
+    Jarvis 2002).
+
+    A Gaussian gives its own covariance. Where the iteration does not settle, the moments are NaN and the
+    position is that of the peak.
+    """
+    image = np.maximum(piece.array, 0.0)
+    grid = np.indices(image.shape).reshape(2, -1)
+    light = image.ravel()
+    peak = np.array(np.unravel_index(light.argmax(), image.shape), dtype=float)
+    centre, covariance = peak, np.eye(2) * sigma**2
+    for _ in range(200):
+        offset = grid - centre[:, None]
+        weighted = light * np.exp(-0.5 * np.einsum("ip,ij,jp->p", offset, np.linalg.inv(covariance), offset))
+        weighted /= weighted.sum()
+        centre = grid @ weighted
+        offset = grid - centre[:, None]
+        update = 2.0 * (offset * weighted) @ offset.T
+        converged = np.allclose(update, covariance, rtol=1e-4, atol=0.0)
+        covariance = update
+        if np.linalg.det(covariance) < 1e-3 or np.trace(covariance) > light.size:
+            break
+        if converged:
+            return np.array(
+                [*(centre + (piece.y0, piece.x0)), covariance[0, 0], covariance[1, 1], covariance[0, 1]]
+            )
+    return np.array([*(peak + (piece.y0, piece.x0)), np.nan, np.nan, np.nan])
+
+
+def _point_and_aperture_fluxes(
+    y: np.ndarray, x: np.ndarray, templates: Sequence[Stamp], flux: np.ndarray, coadd: Coadd
+) -> dict[str, np.ndarray]:
+    """Measure PSF fluxes (one joint fit) and aperture fluxes (neighbours subtracted) at given positions."""
+    n = len(templates)
+    points = [coadd.point(*position) for position in zip(y, x, strict=True)]
+    usable = np.array([(coadd.weight[p.slices] * p.array**2).sum() > 0.0 for p in points])
+    psf_flux = np.full((2, n), np.nan)
+    if usable.any():
+        fit = JointFit.of([point for point, use in zip(points, usable, strict=True) if use], coadd)
+        psf_flux[:, usable] = fit.solution(), fit.errors()
+    scale = np.array([coadd.fwhm[coadd.cell(*position)] for position in zip(y, x, strict=True)])
+    columns = {"psf_flux": psf_flux[0], "psf_flux_err": psf_flux[1], "coadd_fwhm": scale}
+
+    left = np.where(coadd.good, coadd.image - render(templates, flux, coadd.shape), 0.0)
+    sums = np.full((n, len(APERTURES), 2), np.nan)
+    for k, own in enumerate(templates):
+        left[own.slices] += flux[k] * own.array
+        centres = np.tile([[x[k]], [y[k]]], len(APERTURES))
+        total, error, _ = sep.sum_circle(
+            left, *centres, scale[k] * np.array(APERTURES), var=coadd.variance, mask=~coadd.good, subpix=0
+        )
+        left[own.slices] -= flux[k] * own.array
+        sums[k] = np.transpose([total, error])
+    for a in range(len(APERTURES)):
+        columns[f"ap{a + 1}_flux"], columns[f"ap{a + 1}_flux_err"] = sums[:, a].T
+    return columns
+
+
+def _core_flags(
+    y: np.ndarray, x: np.ndarray, fwhm: np.ndarray, good: np.ndarray, planes: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Look up the masks in the core of each source, within half a FWHM of its position."""
+    none = np.zeros(good.shape, dtype=bool)
+    saturated, clipped, prior = (planes.get(name, none) for name in ("SAT", "CLIPPED", "PRIOR_CARRIED"))
+    flags = np.zeros((4, len(y)), dtype=bool)
+    for k, (y0, x0, radius) in enumerate(zip(y, x, 0.5 * fwhm, strict=True)):
+        box = tuple(slice(max(math.ceil(c - radius), 0), math.floor(c + radius) + 1) for c in (y0, x0))
+        rows, columns = np.ogrid[box]
+        core = np.hypot(rows[: good[box].shape[0]] - y0, columns[:, : good[box].shape[1]] - x0) <= radius
+        pixels = [plane[box][core] for plane in (~good, saturated, clipped, prior)]
+        flags[:, k] = [*(p.any() for p in pixels[:3]), pixels[3].mean() >= 0.5]
+    names = ("flag_no_data", "flag_saturated", "flag_clipped", "flag_prior_carried")
+    return dict(zip(names, flags, strict=True))
+
+
+def _slopes(templates: Sequence[Stamp]) -> list[Stamp]:
+    """Return the derivatives of templates along y and then along x, to fourth order."""
+    stencil = np.array([1.0, -8.0, 0.0, 8.0, -1.0]) / 12.0
+    return [
+        Stamp(t.y0, t.x0, scipy.ndimage.correlate1d(t.array, stencil, axis=axis, mode="constant"))
+        for axis in (0, 1)
+        for t in templates
+    ]

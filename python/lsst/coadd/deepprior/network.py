@@ -1,0 +1,232 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""The deep prior: features of a set of visits, the encoder/decoder that corrects the base, its stretch."""
+
+from __future__ import annotations
+
+__all__ = ("FEATURES", "Features", "Trunk", "blended_base", "encoder_features", "latent_and_slope")
+
+import dataclasses
+
+import torch
+import torch.nn.functional
+from torch import nn
+
+from .baselines import MaximumLikelihood
+
+FEATURES = ("coadd", "matched", "early", "base", "residual")
+"""Names of the channels that the network reads, in this order."""
+
+_KNEE = 10.0
+"""Signal to noise ratio of a latent pixel at which the base changes from few to many steps of maximum
+likelihood."""
+
+_GATE = 30.0
+"""Signal to noise ratio of a latent pixel at which half of the network's correction is let through."""
+
+_LATENT_RANGE = (-12.0, 13.5)
+"""Range of z: from 6e-6 to 3.6e5 times the coadd noise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What the encoder reads of sets of visits.
+
+    Parameters
+    ----------
+    channels : `torch.Tensor`, (set, feature, y, x)
+        Images in units of the coadd noise, asinh-stretched, in the order of `FEATURES`.
+    start : `torch.Tensor`, (set, y, x)
+        z_0, the base in the network's own variable: few steps where the signal is faint, many where it is
+        strong.
+    gate : `torch.Tensor`, (set, y, x)
+        Part of the network's correction that is let through: next to none in bright stars, where many steps
+        of maximum likelihood are already right to a fraction of a per cent.
+    noise : `torch.Tensor`, (set, y, x)
+        Coadd noise sigma_c (nJy); it is positive everywhere on the canvas.
+    covered : `torch.Tensor`, (set, y, x)
+        Whether a visit of the set sees the pixel of the canvas.
+    """
+
+    channels: torch.Tensor
+    start: torch.Tensor
+    gate: torch.Tensor
+    noise: torch.Tensor
+    covered: torch.Tensor
+
+    def __getitem__(self, index: int | slice) -> Features:
+        """Select sets; a single index keeps no set dimension."""
+        return Features(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
+
+
+def encoder_features(solution: MaximumLikelihood) -> Features:
+    """Turn the statistics of sets of visits into the channels of the encoder.
+
+    They are the robust inverse-variance coadd, the matched-filter image, the maximum-likelihood images after
+    few and many steps, and the gradient that the last leaves, all divided by the coadd noise
+    ``sensitivity^-1/2`` and asinh-stretched. Those of a set depend on the data of its own visits only.
+
+    Parameters
+    ----------
+    solution : `~lsst.coadd.deepprior.baselines.MaximumLikelihood`
+        Maximum-likelihood images and statistics of the sets.
+
+    Returns
+    -------
+    features : `Features`
+        Channels, start and noise of every set.
+    """
+    statistics = solution.statistics
+    tiny = torch.finfo(statistics.matched.dtype).tiny
+    typical = statistics.sensitivity.amax(dim=(-2, -1), keepdim=True)
+    covered = statistics.sensitivity > 1e-2 * typical
+    sensitivity = torch.maximum(statistics.sensitivity, 1e-2 * typical).clamp_min(tiny)
+    noise = sensitivity.rsqrt()
+    full = statistics.gram.forward(torch.ones_like(noise)).clamp_min(tiny)
+    images = (
+        statistics.coadd,
+        statistics.matched / full,
+        solution.early,
+        solution.latent,
+        (statistics.matched - statistics.gram.forward(solution.latent)) / full,
+    )
+    channels = torch.stack([torch.asinh(image / noise) * covered for image in images], dim=1)
+    base = torch.asinh(blended_base(solution, noise) / noise).clamp_min(0.02)
+    gate = 1.0 / (1.0 + solution.latent / (_GATE * noise))
+    return Features(channels, torch.log(torch.expm1(base)), gate, noise, covered)
+
+
+def blended_base(solution: MaximumLikelihood, noise: torch.Tensor) -> torch.Tensor:
+    """Blend the image after few steps, on faint pixels, into that after many steps, on bright ones.
+
+    Few steps amplify the noise of the sky less, but only many bring bright stars to the target PSF. The
+    weight of the latter is ``s^2 / (1 + s^2)`` with ``s`` a tenth of the early image's signal to noise ratio.
+
+    Parameters
+    ----------
+    solution : `~lsst.coadd.deepprior.baselines.MaximumLikelihood`
+        The two images.
+    noise : `torch.Tensor`, (set, y, x)
+        Coadd noise sigma_c (nJy).
+
+    Returns
+    -------
+    latent : `torch.Tensor`, (set, y, x)
+        Latent image in nJy.
+    """
+    signal = (solution.early / (_KNEE * noise)).square()
+    return solution.early + (solution.latent - solution.early) * signal / (1.0 + signal)
+
+
+def latent_and_slope(z: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute ``u = sigma_c sinh(softplus(z))`` and its derivative ``du/dz``.
+
+    Parameters
+    ----------
+    z : `torch.Tensor`, (..., y, x)
+        The network's variable, clamped to the range in which u is finite in float32.
+    noise : `torch.Tensor`, (..., y, x)
+        Coadd noise sigma_c (nJy).
+
+    Returns
+    -------
+    latent, slope : `torch.Tensor`, (..., y, x)
+        Non-negative latent image u and du/dz, both in nJy.
+    """
+    z = z.clamp(*_LATENT_RANGE)
+    stretched = torch.nn.functional.softplus(z)
+    return noise * torch.sinh(stretched), noise * torch.cosh(stretched) * torch.sigmoid(z)
+
+
+class _PixelNorm(nn.Module):
+    """Normalise the channels of every pixel to zero mean and unit variance, with learned scale and offset."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean(dim=1, keepdim=True)
+        return (
+            centred * torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + 1e-5) * self.weight + self.bias
+        )
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions with normalisation and a residual connection."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = _PixelNorm(channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = torch.nn.functional.silu(self.norm(self.first(x)))
+        return x + self.second(inner)
+
+
+class Trunk(nn.Module):
+    """Encoder/decoder at half resolution that predicts the correction to z.
+
+    Parameters
+    ----------
+    widths : `tuple` [`int`, ...], optional
+        Channels at 1/2, 1/4, 1/8 ... of the resolution.
+    in_channels : `int`, optional
+        Channels of the input.
+
+    Notes
+    -----
+    The last layer starts at zero, so that the untrained network returns the base.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (32, 48, 64), in_channels: int = len(FEATURES)) -> None:
+        super().__init__()
+        self.entry = nn.Conv2d(4 * in_channels, widths[0], 3, padding=1)
+        self.encoders = nn.ModuleList(_Block(w) for w in widths)
+        self.downs = nn.ModuleList(
+            nn.Conv2d(a, b, 2, stride=2) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.ups = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.decoders = nn.ModuleList(_Block(w) for w in widths[:-1])
+        self.exit = nn.Conv2d(widths[0], 4, 3, padding=1)
+        nn.init.zeros_(self.exit.weight)
+        if self.exit.bias is not None:
+            nn.init.zeros_(self.exit.bias)
+        self._step = 2 ** len(widths)
+
+    def forward(self, channels: torch.Tensor) -> torch.Tensor:
+        """Predict the correction to z.
+
+        Parameters
+        ----------
+        channels : `torch.Tensor`, (set, feature, y, x)
+            Features of any shape; they are continued at the edges to a multiple of the coarsest pixel.
+
+        Returns
+        -------
+        correction : `torch.Tensor`, (set, y, x)
+            To be added to z_0.
+        """
+        ny, nx = channels.shape[-2:]
+        padded = torch.nn.functional.pad(
+            channels, (0, -nx % self._step, 0, -ny % self._step), mode="replicate"
+        )
+        x = self.entry(torch.nn.functional.pixel_unshuffle(padded, 2))
+        skips = []
+        for level, encoder in enumerate(self.encoders):
+            x = encoder(x)
+            if level < len(self.downs):
+                skips.append(x)
+                x = self.downs[level](x)
+        for level in reversed(range(len(self.downs))):
+            x = skips[level] + torch.nn.functional.interpolate(
+                self.ups[level](x), scale_factor=2, mode="nearest"
+            )
+            x = self.decoders[level](x)
+        return torch.nn.functional.pixel_shuffle(self.exit(x), 2)[:, 0, :ny, :nx]

@@ -1,0 +1,226 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""What the data say beside the restored image: coadd, residual coadd, outliers and noise realisations."""
+
+from __future__ import annotations
+
+__all__ = ("CoaddLayers", "NoisyModel", "coadd_layers", "entering_visits", "local_variance")
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.ndimage
+import torch
+import torch.nn.functional
+
+from .observation import Observation
+from .statistics import PatchData
+
+_OUTLIER_SIGMA = 5.0
+_OUTLIER_RIM_SIGMA = 2.5
+_OUTLIER_PSF_ERROR = 0.1
+"""Relative error granted to the model where outliers are judged, so that a star that moved by a tenth of a
+pixel, or varies by some per cent, is not rejected."""
+
+_MIN_VISITS_FOR_OUTLIERS = 3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CoaddLayers:
+    """Coadds of the visits and of what the model leaves, on the pixels of the patch.
+
+    Parameters
+    ----------
+    coadd : `numpy.ndarray`, (y, x), float32
+        Weighted mean of the accepted pixels, in nJy; NaN where there is none.
+    residual : `numpy.ndarray`, (y, x), float32
+        Weighted mean of data minus model, in nJy; NaN where there is no accepted pixel.
+    variance : `numpy.ndarray`, (y, x), float32
+        Variance of both, from the variances of the visits, in nJy^2; NaN where there is no accepted pixel.
+    psf : `numpy.ndarray`, (i, j, k, k)
+        PSF of both in every cell; NaN in cells that no visit enters.
+    n_visits : `numpy.ndarray`, (y, x), int16
+        Number of accepted pixels.
+    masked, clipped : `numpy.ndarray`, (y, x), bool
+        Whether a visit of the cell was masked, or rejected as an outlier, in the pixel.
+    weight : `numpy.ndarray`, (visit, i, j)
+        Weight of a visit in a cell; 0 where it does not enter.
+    chi2 : `float`
+        Mean of ((data - model) / noise)^2 over the accepted pixels.
+    """
+
+    coadd: np.ndarray
+    residual: np.ndarray
+    variance: np.ndarray
+    psf: np.ndarray
+    n_visits: np.ndarray
+    masked: np.ndarray
+    clipped: np.ndarray
+    weight: np.ndarray
+    chi2: float
+
+
+def entering_visits(data: PatchData) -> np.ndarray:
+    """Decide which visits enter the coadd of which cell.
+
+    A visit enters if it covers as much of the cell as any visit does, so that the PSF of the coadd does not
+    jump inside a cell; in Rubin's cell coadds, where visits are larger than cells, this means the whole cell.
+
+    Returns
+    -------
+    enters : `numpy.ndarray`, (visit, i, j), bool
+        True where a visit has weight and its box covers the most that any visit covers.
+    """
+    overlap = np.where(data.weight > 0.0, data.overlap, 0.0)
+    return (overlap > 0.0) & (overlap >= overlap.max(axis=0) - 1e-9)
+
+
+def _outliers(residual: torch.Tensor, scale: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
+    """Find pixels far from the model, with their less deviant neighbours."""
+    deviation = torch.where(good, residual.abs() / scale, 0.0)
+    seeds = (deviation > _OUTLIER_SIGMA).to(residual.dtype)
+    near = torch.nn.functional.max_pool2d(seeds[None, None], 3, stride=1, padding=1)[0, 0] > 0
+    return near & (deviation > _OUTLIER_RIM_SIGMA)
+
+
+def coadd_layers(data: PatchData, latent: torch.Tensor, psfs: Sequence[np.ndarray]) -> CoaddLayers:
+    """Coadd the visits, and what the model leaves of them, in one pass.
+
+    Parameters
+    ----------
+    data : `~lsst.coadd.deepprior.statistics.PatchData`
+        The visits.
+    latent : `torch.Tensor`, (y, x)
+        Latent image u on the canvas, in nJy.
+    psfs : `~collections.abc.Sequence` [`numpy.ndarray`]
+        PSF stamps (i, j, k, k) of every visit, in which k may differ.
+
+    Returns
+    -------
+    layers : `CoaddLayers`
+        Both coadds with the same weights, so that ``coadd - residual`` is the model at the PSF of the coadd.
+    """
+    layout = data.layout
+    enters = entering_visits(data)
+    weight = np.where(enters, data.weight, 0.0)
+    inner = (
+        slice(data.margin, data.margin + layout.shape[0]),
+        slice(data.margin, data.margin + layout.shape[1]),
+    )
+    # All good pixels, and those that are no outliers.
+    total, accepted_total = np.zeros((5, *layout.shape)), np.zeros((5, *layout.shape))
+    count, n_rejected, n_entering = (np.zeros(layout.shape, dtype=np.int16) for _ in range(3))
+    reject = int((data.weight > 0.0).any(axis=(1, 2)).sum()) >= _MIN_VISITS_FOR_OUTLIERS
+    size = max(psf.shape[-1] for psf in psfs)
+    psf = np.zeros((layout.n_i, layout.n_j, size, size))
+    for index, visit in data.visits():
+        prediction = visit.kernel.forward(latent)
+        residual = visit.flux - prediction
+        good = visit.weight > 0
+        pixel_weight = data.pixel_weight(weight[index])
+        w = pixel_weight * good[inner].cpu().numpy()
+        variance = np.where(w > 0, visit.variance[inner].cpu().numpy(), 1.0)
+        difference = residual[inner].cpu().numpy().astype(np.float64)
+        terms = w * np.stack(
+            [
+                np.ones_like(w),
+                visit.flux[inner].cpu().numpy(),
+                difference,
+                w * variance,
+                np.zeros_like(w),
+            ]
+        )
+        terms[4] = np.where(w > 0, difference**2 / variance, 0.0)
+        total += terms
+        count += w > 0
+        n_entering += pixel_weight > 0
+        if reject:
+            outlier = _outliers(residual, data.scale(visit, prediction, _OUTLIER_PSF_ERROR), good)
+            outlier = outlier[inner].cpu().numpy() & (w > 0)
+            n_rejected += outlier
+            accepted_total += terms * ~outlier
+        border = (size - psfs[index].shape[-1]) // 2
+        stamps = np.pad(np.nan_to_num(psfs[index]), ((0, 0), (0, 0), (border, border), (border, border)))
+        psf += weight[index][:, :, None, None] * stamps
+    # Where half of the visits or more are far from the model, it is the model that is wrong.
+    clipped = (n_rejected > 0) & (2 * n_rejected < count)
+    total = np.where(clipped, accepted_total, total)
+    n_visits = (count - np.where(clipped, n_rejected, 0)).astype(np.int16)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        coadd, residual_coadd, variance = total[1] / total[0], total[2] / total[0], total[3] / total[0] ** 2
+        psf /= weight.sum(axis=0)[:, :, None, None]
+    return CoaddLayers(
+        coadd=coadd.astype(np.float32),
+        residual=residual_coadd.astype(np.float32),
+        variance=variance.astype(np.float32),
+        psf=psf,
+        n_visits=n_visits,
+        masked=n_visits < n_entering,
+        clipped=clipped,
+        weight=weight,
+        chi2=float(total[4].sum()) / max(int(n_visits.sum()), 1),
+    )
+
+
+class NoisyModel(Sequence[Observation]):
+    """The visits as they would be if the model were true: K u plus new white noise of their own variance.
+
+    Parameters
+    ----------
+    observations : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.observation.Observation`]
+        The visits themselves, which give masks, variances and PSFs.
+    data : `~lsst.coadd.deepprior.statistics.PatchData`
+        The same visits on their canvas.
+    latent : `torch.Tensor`, (y, x)
+        Latent image u on the canvas, in nJy.
+    seed : `int`
+        Seed of the noise; a visit has the same noise whenever it is read.
+    """
+
+    def __init__(
+        self, observations: Sequence[Observation], data: PatchData, latent: torch.Tensor, seed: int
+    ) -> None:
+        self._observations = observations
+        self._data = data
+        self._latent = latent
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._observations)
+
+    def __getitem__(self, index: int) -> Observation:  # type: ignore[override]
+        original = self._observations[index]
+        y, x = (o + self._data.margin for o in original.origin)
+        ny, nx = original.flux.shape
+        prediction = (
+            self._data.visit(index).kernel.forward(self._latent)[y : y + ny, x : x + nx].cpu().numpy()
+        )
+        rng = np.random.default_rng([self._seed, index])
+        noise = rng.standard_normal((ny, nx), dtype=np.float32)
+        sigma = np.sqrt(np.where(original.good, original.variance, 0.0))
+        return dataclasses.replace(original, flux=(prediction + noise * sigma).astype(np.float32))
+
+
+def local_variance(differences: Sequence[np.ndarray], smoothing: float = 3.0) -> np.ndarray:
+    """Estimate the variance of an image from differences that noise alone made.
+
+    Parameters
+    ----------
+    differences : `~collections.abc.Sequence` [`numpy.ndarray`], (y, x)
+        Independent realisations of the noise of the image.
+    smoothing : `float`, optional
+        Sigma in pixels of the Gaussian neighbourhood over which squares are averaged.
+
+    Returns
+    -------
+    variance : `numpy.ndarray`, (y, x), float32
+        Squared unit of the differences.
+    """
+    if not differences:
+        raise ValueError("A variance needs at least one realisation of the noise.")
+    mean_square = np.mean([np.square(d, dtype=np.float64) for d in differences], axis=0)
+    return scipy.ndimage.gaussian_filter(mean_square, smoothing, mode="reflect").astype(np.float32)

@@ -1,0 +1,320 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Point-spread functions: the target, the inner kernel, the kernels that carry the model to the data.
+
+The restored image is ``x = g * s``, the sky convolved with a narrow Gaussian ``g`` (Magain, Courbin & Sohy
+1998, ApJ 494, 472): a finite, known PSF keeps the image a legitimate sampling of the sky. The network models
+``u >= 0`` with ``x = r * u``, and a visit of PSF ``f`` sees ``f * s = (f / g) * x = k * u`` with ``k = r * (f
+/ g)``.
+"""
+
+from __future__ import annotations
+
+__all__ = (
+    "FWHM_PER_SIGMA",
+    "StarFit",
+    "carry_kernel",
+    "data_kernel",
+    "fit_star",
+    "fwhm",
+    "gaussian_stamp",
+    "inner_sigma",
+    "second_moments",
+    "shift_stamp",
+    "target_sigma",
+)
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import scipy.fft
+import scipy.optimize
+
+FWHM_PER_SIGMA = 2.0 * math.sqrt(2.0 * math.log(2.0))
+
+MIN_TARGET_FWHM = 2.0
+"""Narrowest target PSF in pixels (FWHM): a narrower Gaussian is not well sampled."""
+
+_INNER_TO_TARGET = 0.55
+"""Sigma of the inner kernel r over that of the target g: the widest r with which ``r * u, u >= 0`` still
+holds g at any sub-pixel position to 0.15 % of its peak for a target of 0.8 pixel (0.66 leaves 0.8 %; see
+tests/test_psf.py)."""
+
+_REGULARISATION = 1e-3
+"""Floor of the transfer function of g, relative to its peak, in the Fourier division by g."""
+
+
+def _check_stamp(stamp: np.ndarray) -> np.ndarray:
+    """Return a stamp as float64 after checking that it is a finite, odd-sized square of positive sum."""
+    stamp = np.asarray(stamp, dtype=np.float64)
+    if stamp.ndim != 2 or stamp.shape[0] != stamp.shape[1] or stamp.shape[0] % 2 == 0:
+        raise ValueError(f"A PSF stamp must be a square with an odd number of pixels, not {stamp.shape}.")
+    if not np.all(np.isfinite(stamp)) or stamp.sum() <= 0.0:
+        raise ValueError("A PSF stamp must be finite and have a positive sum.")
+    return stamp
+
+
+def gaussian_stamp(sigma: float, size: int | None = None, *, dx: float = 0.0, dy: float = 0.0) -> np.ndarray:
+    """Sample a round Gaussian at pixel centres.
+
+    Parameters
+    ----------
+    sigma : `float`
+        Standard deviation in pixels.
+    size : `int`, optional
+        Odd number of pixels on a side; the default reaches to 5 sigma.
+    dx, dy : `float`, optional
+        Position of the centre relative to the central pixel, in pixels.
+
+    Returns
+    -------
+    stamp : `numpy.ndarray`, (size, size)
+        ``exp(-r^2 / (2 sigma^2))``, unit sum when centred.
+    """
+    if not sigma > 0.0:
+        raise ValueError(f"The sigma of a Gaussian must be positive, not {sigma}.")
+    if size is None:
+        size = 2 * math.ceil(5.0 * sigma) + 1
+    grid = np.arange(size) - size // 2
+    centred = np.exp(-0.5 * (grid / sigma) ** 2)
+    row = np.exp(-0.5 * ((grid - dx) / sigma) ** 2)
+    column = np.exp(-0.5 * ((grid - dy) / sigma) ** 2)
+    return np.outer(column, row) / centred.sum() ** 2
+
+
+def target_sigma(seeing_fwhm: Iterable[float], requested_fwhm: float | None = None) -> float:
+    """Return the sigma of the target PSF.
+
+    Parameters
+    ----------
+    seeing_fwhm : `~collections.abc.Iterable` [`float`]
+        FWHM of the visits' PSFs in pixels.
+    requested_fwhm : `float`, optional
+        FWHM asked for, in pixels; by default half the median seeing, at least `MIN_TARGET_FWHM`.
+
+    Returns
+    -------
+    sigma : `float`
+        Standard deviation of the target Gaussian in pixels.
+
+    Raises
+    ------
+    ValueError
+        Raised if the FWHM asked for is below 1.8 pixels, where pixels no longer sample a Gaussian, or not
+        narrower than the best seeing.
+    """
+    seeing = np.asarray(list(seeing_fwhm), dtype=float)
+    if requested_fwhm is None:
+        fwhm_pixels = max(0.5 * float(np.median(seeing)), MIN_TARGET_FWHM)
+    else:
+        fwhm_pixels = float(requested_fwhm)
+        if fwhm_pixels < 1.8:
+            raise ValueError(
+                f"A target PSF with FWHM {fwhm_pixels:.2f} pixels is not sampled by the pixels; "
+                "ask for at least 1.8."
+            )
+        if fwhm_pixels >= seeing.max():
+            raise ValueError(
+                f"A target PSF with FWHM {fwhm_pixels:.2f} pixels is not sharper than the worst visit "
+                f"({seeing.max():.2f} pixels); ask for a narrower one."
+            )
+    return fwhm_pixels / FWHM_PER_SIGMA
+
+
+def inner_sigma(sigma: float) -> float:
+    """Return the sigma in pixels of the inner kernel r that goes with a target of the given sigma."""
+    return _INNER_TO_TARGET * sigma
+
+
+def _transfer(stamp: np.ndarray, size: int) -> np.ndarray:
+    """Fourier transform of a stamp whose central pixel is the origin, on a grid of ``size`` pixels."""
+    padded = np.zeros((size, size))
+    half = stamp.shape[0] // 2
+    padded[: stamp.shape[0], : stamp.shape[1]] = stamp
+    return scipy.fft.rfft2(np.roll(padded, (-half, -half), axis=(0, 1)))
+
+
+def _divide_by_target(psf: np.ndarray, sigma: float, numerator_sigma: float | None) -> np.ndarray:
+    """Fourier division of a stamp by g, times a Gaussian in the numerator if asked for."""
+    psf = _check_stamp(psf)
+    k = psf.shape[0]
+    size = scipy.fft.next_fast_len(2 * k + 1, real=True)
+    g = _transfer(gaussian_stamp(sigma), size)
+    quotient = _transfer(psf, size) * np.conj(g) / (np.abs(g) ** 2 + _REGULARISATION**2)
+    if numerator_sigma is not None:
+        quotient *= _transfer(gaussian_stamp(numerator_sigma), size)
+    kernel = np.roll(scipy.fft.irfft2(quotient, s=(size, size)), (k // 2, k // 2), axis=(0, 1))[:k, :k]
+    return kernel / kernel.sum()
+
+
+def data_kernel(psf: np.ndarray, sigma: float) -> np.ndarray:
+    """Compute the kernel ``k = r * (f / g)`` that carries the latent image u to a visit.
+
+    ``f / g`` is the regularised Fourier division of the discrete stamps, ``F G* / (|G|^2 + e^2)``.
+
+    Parameters
+    ----------
+    psf : `numpy.ndarray`, (k, k)
+        PSF f of the visit: odd-sized stamp, any positive sum.
+    sigma : `float`
+        Sigma of the target g in pixels.
+
+    Returns
+    -------
+    kernel : `numpy.ndarray`, (k, k)
+        Unit sum.
+
+    Raises
+    ------
+    ValueError
+        Raised if the stamp is not an odd-sized, finite square of positive sum.
+    """
+    return _divide_by_target(psf, sigma, inner_sigma(sigma))
+
+
+def carry_kernel(psf: np.ndarray, sigma: float) -> np.ndarray:
+    """Compute the kernel ``f / g`` that carries the restored image x to an image of PSF f.
+
+    Parameters, return value and errors are those of `data_kernel`.
+    """
+    return _divide_by_target(psf, sigma, None)
+
+
+def shift_stamp(stamp: np.ndarray, dx: float, dy: float) -> np.ndarray:
+    """Shift a well-sampled stamp by a fraction of a pixel with a Fourier phase.
+
+    Parameters
+    ----------
+    stamp : `numpy.ndarray`, (k, k)
+        Odd-sized stamp.
+    dx, dy : `float`
+        Shift in pixels; positive values move the centre to larger x and y.
+
+    Returns
+    -------
+    shifted : `numpy.ndarray`, (k, k)
+        The same sum up to what leaves the stamp.
+    """
+    stamp = _check_stamp(stamp)
+    k = stamp.shape[0]
+    size = scipy.fft.next_fast_len(2 * k, real=True)
+    fy = scipy.fft.fftfreq(size)[:, None]
+    fx = scipy.fft.rfftfreq(size)[None, :]
+    phase = np.exp(-2j * np.pi * (fy * dy + fx * dx))
+    return scipy.fft.irfft2(scipy.fft.rfft2(stamp, s=(size, size)) * phase, s=(size, size))[:k, :k]
+
+
+@dataclasses.dataclass(frozen=True)
+class StarFit:
+    """Elliptical Gaussian fitted to the image of a star; ``sigma`` is the geometric mean of the two axes."""
+
+    flux: float
+    x: float
+    y: float
+    sigma: float
+    e1: float
+    e2: float
+
+
+def fit_star(
+    image: np.ndarray, *, x: float | None = None, y: float | None = None, radius: int = 6
+) -> StarFit:
+    """Fit an elliptical Gaussian, sampled at pixel centres, to a star by least squares.
+
+    This is what "size" means throughout: the sigma of this fit to a star, compared with that of the same fit
+    to the advertised PSF stamp.
+
+    Parameters
+    ----------
+    image : `numpy.ndarray`, (y, x)
+        Image without background.
+    x, y : `float`, optional
+        First guess of the position; the default is the centre of the image.
+    radius : `int`, optional
+        Half the side of the box of pixels fitted.
+
+    Returns
+    -------
+    fit : `StarFit`
+        Flux, position, geometric-mean sigma and ellipticity ``e1 = (ixx - iyy) / (ixx + iyy)``, ``e2 = 2 ixy
+        / (ixx + iyy)``.
+
+    Raises
+    ------
+    ValueError
+        Raised if the box is not inside the image or has pixels that are not finite.
+    """
+    ny, nx = image.shape
+    x = (nx - 1) / 2 if x is None else x
+    y = (ny - 1) / 2 if y is None else y
+    ix, iy = round(x), round(y)
+    if not (radius <= ix < nx - radius and radius <= iy < ny - radius):
+        raise ValueError(
+            f"A box of radius {radius} at ({x:.1f}, {y:.1f}) is not inside an image of shape {image.shape}."
+        )
+    box = np.asarray(image[iy - radius : iy + radius + 1, ix - radius : ix + radius + 1], dtype=float)
+    if not np.all(np.isfinite(box)):
+        raise ValueError(f"The star at ({x:.1f}, {y:.1f}) has pixels that are not finite.")
+    grid_y, grid_x = np.mgrid[-radius : radius + 1, -radius : radius + 1].astype(float)
+    scale = max(float(box.max()), 1e-30)
+
+    def residual(p: np.ndarray) -> np.ndarray:
+        amplitude, x0, y0, log_a, log_b, c = p
+        # Inverse covariance as L L^T with L = [[a, 0], [c, b]]: always positive definite.
+        u = np.exp(log_a) * (grid_x - x0) + c * (grid_y - y0)
+        v = np.exp(log_b) * (grid_y - y0)
+        return (amplitude * np.exp(-0.5 * (u * u + v * v)) - box / scale).ravel()
+
+    start = np.array([1.0, x - ix, y - iy, -0.2, -0.2, 0.0])
+    amplitude, x0, y0, log_a, log_b, c = scipy.optimize.least_squares(residual, start, method="lm").x
+    a, b = math.exp(log_a), math.exp(log_b)
+    ixx = 1.0 / a**2 + (c / (a * b)) ** 2
+    iyy = 1.0 / b**2
+    ixy = -c / (a * b**2)
+    determinant = max(ixx * iyy - ixy**2, 1e-30)
+    return StarFit(
+        flux=2.0 * math.pi * math.sqrt(determinant) * amplitude * scale,
+        x=ix + x0,
+        y=iy + y0,
+        sigma=determinant**0.25,
+        e1=(ixx - iyy) / (ixx + iyy),
+        e2=2.0 * ixy / (ixx + iyy),
+    )
+
+
+def fwhm(psf: np.ndarray) -> float:
+    """Return the FWHM in pixels of the Gaussian fitted to a PSF stamp."""
+    psf = _check_stamp(psf)
+    half = psf.shape[0] // 2
+    rough = math.sqrt(psf.sum() / (2.0 * math.pi * psf.max()))
+    return FWHM_PER_SIGMA * fit_star(psf, radius=min(half, max(3, math.ceil(2.5 * rough)))).sigma
+
+
+def second_moments(psf: np.ndarray, weight_sigma: float | None = None) -> tuple[float, float, float]:
+    """Return the Gaussian-weighted second moments (ixx, iyy, ixy) of a stamp in pixel^2.
+
+    The weight is a fixed round Gaussian about the central pixel (of the stamp's fitted sigma unless given),
+    and the moments are corrected for it as if the stamp were Gaussian, ``M = (W^-1 - S^-1)^-1`` with W the
+    weighted moments and S the weight's (e.g. Bernstein & Jarvis 2002, AJ 123, 583), so that wings and noise
+    do not dominate.
+    """
+    psf = _check_stamp(psf)
+    half = psf.shape[0] // 2
+    sigma = fwhm(psf) / FWHM_PER_SIGMA if weight_sigma is None else weight_sigma
+    y, x = np.mgrid[-half : half + 1, -half : half + 1].astype(float)
+    weighted = psf * np.exp(-0.5 * (x * x + y * y) / sigma**2)
+    total = weighted.sum()
+    mx, my = (weighted * x).sum() / total, (weighted * y).sum() / total
+    measured = np.array(
+        [
+            [(weighted * (x - mx) ** 2).sum(), (weighted * (x - mx) * (y - my)).sum()],
+            [(weighted * (x - mx) * (y - my)).sum(), (weighted * (y - my) ** 2).sum()],
+        ]
+    )
+    true = np.linalg.inv(np.linalg.inv(measured / total) - np.eye(2) / sigma**2)
+    return float(true[0, 0]), float(true[1, 1]), float(true[0, 1])

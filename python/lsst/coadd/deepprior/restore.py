@@ -1,0 +1,471 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""The restoration of a patch: from arrays to arrays.
+
+A convolutional encoder/decoder is fitted to the visits of the patch themselves (Navarro, Hall, Budavari &
+Sukurdeep 2023, arXiv:2302.02030), with the visits split so that it cannot fit their noise: in each step the
+encoder reads one set of visits and the loss is taken on the others (Lehtinen et al. 2018, arXiv:1803.04189).
+"""
+
+from __future__ import annotations
+
+__all__ = ("Restoration", "RestoreSettings", "restore")
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .baselines import MaximumLikelihood, inner_smooth, maximum_likelihood
+from .network import Features, Trunk, blended_base, encoder_features, latent_and_slope
+from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
+from .observation import Observation
+from .operators import CellLayout
+from .psf import FWHM_PER_SIGMA, fwhm, gaussian_stamp, target_sigma
+from .statistics import NothingToRestoreError, PatchData, deal_splits
+
+_LOG = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int, float], None]
+"""Called with the phase, the step, the number of steps and the loss."""
+
+_MARGIN = 16
+"""Width in pixels of the canvas around the patch, for the light of sources just outside."""
+
+_AVERAGING = 0.99
+"""Decay of the running mean of the weights, which is the network that is used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreSettings:
+    """Numerical settings of `restore`.
+
+    Parameters
+    ----------
+    target_fwhm : `float` or `None`
+        FWHM of the target PSF in pixels; `None` is half the median seeing, at least 2 pixels.
+    base_steps : `int`
+        Steps of maximum likelihood behind the base that the network corrects.
+    steps : `int`
+        Steps of the fit of the network; 0 returns the base.
+    refresh_every : `int`
+        Steps between two passes over the visits that linearise the loss anew.
+    learning_rate : `float`
+        Largest learning rate of Adam.
+    n_splits : `int`
+        Number of ways in which the visits are split.
+    huber_delta : `float`
+        Threshold of the Huber loss in standard deviations.
+    psf_error : `float`
+        Relative error of the PSF models, a part of the predicted flux.
+    n_variance_draws : `int`
+        Noise realisations behind the variance plane.
+    seed : `int`
+        Seed of all random numbers.
+    """
+
+    target_fwhm: float | None = None
+    base_steps: int = 200
+    steps: int = 400
+    refresh_every: int = 25
+    learning_rate: float = 2e-3
+    n_splits: int = 24
+    huber_delta: float = 1.5
+    psf_error: float = 0.01
+    n_variance_draws: int = 4
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("base_steps", 1),
+            ("steps", 0),
+            ("refresh_every", 1),
+            ("n_splits", 1),
+            ("n_variance_draws", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        if self.learning_rate <= 0.0 or self.huber_delta <= 0.0 or self.psf_error < 0.0:
+            raise ValueError(
+                "learning_rate and huber_delta must be positive and psf_error must not be negative."
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Restoration:
+    """Result of `restore`; images have the shape (y, x) of the patch.
+
+    Parameters
+    ----------
+    image : `numpy.ndarray`, float32
+        Restored image x with the target PSF, in nJy; finite everywhere.
+    variance : `numpy.ndarray`, float32
+        Variance that the noise of the visits gives x, from noise realisations, in nJy^2; NaN where no visit
+        is good.
+    target_psf : `numpy.ndarray`, (k, k)
+        The PSF of x.
+    target_sigma : `float`
+        Its sigma in pixels.
+    coadd, residual, residual_variance : `numpy.ndarray`, float32
+        Inverse-variance coadds of the visits and of data minus model, and the variance of both; NaN where no
+        visit is.
+    residual_psf : `numpy.ndarray`, (cell_i, cell_j, k, k)
+        PSF of both; NaN in cells without a visit.
+    n_visits : `numpy.ndarray`, int16
+        Number of visits with an accepted pixel.
+    masked, clipped : `numpy.ndarray`, bool
+        Whether a visit was masked, or rejected as an outlier, in the pixel.
+    prior_carried : `numpy.ndarray`, bool
+        Pixels that no visit constrains: x is what the prior makes of their surroundings.
+    cell_weight : `numpy.ndarray`, (visit, cell_i, cell_j)
+        Weight of a visit in the coadd of a cell, 0 where it does not enter (1/nJy^2).
+    cell_good_fraction, cell_overlap : `numpy.ndarray`, (visit, cell_i, cell_j)
+        Fraction of the pixels of a cell that are good, and that the visit covers.
+    curves : `dict` [`str`, `list` [`float`]]
+        Objectives against steps.
+    metrics : `dict`
+        Numbers of the run, plain Python objects.
+    """
+
+    image: np.ndarray
+    variance: np.ndarray
+    target_psf: np.ndarray
+    target_sigma: float
+    coadd: np.ndarray
+    residual: np.ndarray
+    residual_variance: np.ndarray
+    residual_psf: np.ndarray
+    n_visits: np.ndarray
+    masked: np.ndarray
+    clipped: np.ndarray
+    prior_carried: np.ndarray
+    cell_weight: np.ndarray
+    cell_good_fraction: np.ndarray
+    cell_overlap: np.ndarray
+    curves: dict[str, list[float]]
+    metrics: dict[str, Any]
+
+
+def _visit_psfs(observations: Sequence[Observation]) -> tuple[list[np.ndarray], list[float]]:
+    """Read the PSFs of all visits; return stamps and FWHM (NaN without a PSF)."""
+    psfs, seeing = [], []
+    for observation in observations:
+        psfs.append(observation.psf)
+        cells = np.argwhere(observation.has_psf)
+        seeing.append(fwhm(observation.psf[tuple(cells[len(cells) // 2])]) if len(cells) else math.nan)
+    return psfs, seeing
+
+
+def _correct(net: Trunk, features: Features) -> torch.Tensor:
+    """Return z of one set: the base plus the gated correction of the network."""
+    return features.start + features.gate * net(features.channels[None])[0]
+
+
+def _turned(channels: torch.Tensor, turn: int) -> torch.Tensor:
+    """Rotate by ``turn % 4`` right angles, and mirror where ``turn >= 4``."""
+    rotated = torch.rot90(channels, turn % 4, (-2, -1))
+    return rotated.flip(-1) if turn >= 4 else rotated
+
+
+def _turned_back(image: torch.Tensor, turn: int) -> torch.Tensor:
+    """Undo `_turned`."""
+    return torch.rot90(image.flip(-1) if turn >= 4 else image, -(turn % 4), (-2, -1))
+
+
+class _Fit:
+    """Fit of the network to the splits of a patch.
+
+    The gradient of the loss with respect to z is ``(A u - M) du/dz``, taken on the visits that the encoder
+    did not read, and divided by ``sqrt(1 + (du/dz)^2 D)``, D the diagonal scale of A, so that bright stars do
+    not own the fit. Features are turned and mirrored at random, which keeps the network from learning the
+    noise of the patch by heart.
+    """
+
+    def __init__(
+        self, data: PatchData, encoder: torch.Tensor, loss: torch.Tensor, settings: RestoreSettings
+    ) -> None:
+        self._data = data
+        self._settings = settings
+        self._loss_members = loss
+        self._gram = data.gram(loss)
+        self._generator = torch.Generator().manual_seed(settings.seed + 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.net = Trunk().to(device=data.device, dtype=data.dtype)
+        self._average = [p.detach().clone() for p in self.net.parameters()]
+        self.curve: list[tuple[int, float]] = []
+
+    def run(self, features: Features, progress: Progress | None) -> None:
+        """Fit the network to the features of the encoder sides; afterwards it has the averaged weights."""
+        settings = self._settings
+        n_splits = len(self._loss_members)
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
+        warm_up = max(1, settings.steps // 20)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: (
+                min(1.0, (step + 1) / warm_up)
+                * 0.5
+                * (1.0 + math.cos(math.pi * min(1.0, step / settings.steps)))
+            ),
+        )
+        scale = self._gram.forward(torch.ones_like(features.start))
+        order: list[int] = []
+        for step in range(settings.steps):
+            if step % settings.refresh_every == 0:
+                matched = self._refresh(features, step, progress)
+            if not order:
+                order = torch.randperm(n_splits, generator=self._generator).tolist()
+            split = order.pop()
+            turn = int(torch.randint(8, (1,), generator=self._generator))
+            one = features[split]
+            correction = _turned_back(self.net(_turned(one.channels, turn)[None])[0], turn)
+            z = one.start + one.gate * correction
+            with torch.no_grad():
+                latent, slope = latent_and_slope(z, one.noise)
+                gradient = (self._gram[split].forward(latent) - matched[split]) * slope * one.covered
+                gradient /= torch.sqrt(1.0 + slope.square() * scale[split])
+            optimizer.zero_grad(set_to_none=True)
+            z.backward(gradient / gradient.numel())
+            optimizer.step()
+            schedule.step()
+            decay = min(_AVERAGING, (1.0 + step) / (10.0 + step))
+            for average, parameter in zip(self._average, self.net.parameters(), strict=True):
+                average.lerp_(parameter.detach(), 1.0 - decay)
+        with torch.no_grad():
+            for average, parameter in zip(self._average, self.net.parameters(), strict=True):
+                parameter.copy_(average)
+        self._refresh(features, settings.steps, progress)
+
+    def _refresh(self, features: Features, step: int, progress: Progress | None) -> torch.Tensor:
+        """Linearise the loss side of every split at that split's own model; return the matched images."""
+        with torch.no_grad():
+            models = torch.stack(
+                [
+                    latent_and_slope(_correct(self.net, features[split]), features.noise[split])[0]
+                    for split in range(len(self._loss_members))
+                ]
+            )
+            statistics = self._data.linearise(self._loss_members, models, gram=self._gram)
+        held_out = float(statistics.objective.mean())
+        self.curve.append((step, held_out))
+        if not math.isfinite(held_out):
+            raise FloatingPointError(f"The fit diverged at step {step}; lower the learning rate.")
+        if progress is not None:
+            progress("fit", step, self._settings.steps, held_out)
+        return statistics.matched
+
+
+def restore(
+    observations: Sequence[Observation],
+    layout: CellLayout,
+    settings: RestoreSettings = RestoreSettings(),
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Restoration:
+    """Restore a patch from its visits.
+
+    Parameters
+    ----------
+    observations : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.observation.Observation`]
+        The visits; indexed one at a time.
+    layout : `~lsst.coadd.deepprior.operators.CellLayout`
+        Cells of the patch.
+    settings : `RestoreSettings`, optional
+        Numerical settings.
+    device : `torch.device` or `str`, optional
+        Where to compute.
+    progress : `~collections.abc.Callable`, optional
+        Called with the phase, the step, the number of steps and the loss.
+
+    Returns
+    -------
+    restoration : `Restoration`
+        Restored image, coadds, planes and numbers.
+
+    Raises
+    ------
+    NothingToRestoreError
+        Raised if no visit has a good pixel in a cell with a PSF.
+    ValueError
+        Raised if a visit does not fit the layout, or the target PSF cannot be made.
+    FloatingPointError
+        Raised if the fit diverged.
+
+    Notes
+    -----
+    With a single visit there is nothing to split: the result is the blended maximum-likelihood base, and
+    ``metrics["method"]`` says so.
+    """
+    started = time.monotonic()
+    psfs, seeing = _visit_psfs(observations)
+    if not np.any(np.isfinite(seeing)):
+        raise NothingToRestoreError("No visit of the patch has a PSF in any cell.")
+    sigma = target_sigma([s for s in seeing if math.isfinite(s)], settings.target_fwhm)
+    data = PatchData(
+        observations,
+        layout,
+        sigma,
+        margin=_MARGIN,
+        huber_delta=settings.huber_delta,
+        psf_error=settings.psf_error,
+        device=device,
+    )
+    times = {"read": time.monotonic() - started}
+    curves: dict[str, list[float]] = {"base_step": [], "base_objective": [], "fit_step": [], "held_out": []}
+
+    def base_progress(step: int, n_steps: int, objective: float) -> None:
+        curves["base_step"].append(float(step))
+        curves["base_objective"].append(objective)
+        if progress is not None:
+            progress("base", step, n_steps, objective)
+
+    usable = torch.as_tensor((data.weight > 0.0).any(axis=(1, 2)))
+    everything = usable[None]
+    split = int(usable.sum()) > 1 and settings.steps > 0
+    mark = time.monotonic()
+    net: Trunk | None = None
+    if split:
+        generator = torch.Generator().manual_seed(settings.seed)
+        dealt = deal_splits(int(usable.sum()), settings.n_splits, generator)
+        encoder, loss = (torch.zeros(len(side), len(data), dtype=torch.bool) for side in dealt)
+        encoder[:, usable], loss[:, usable] = dealt
+        sides = torch.cat([encoder, everything])
+        solution = maximum_likelihood(data, sides, steps=settings.base_steps, progress=base_progress)
+        features = encoder_features(solution)
+        times["base"] = time.monotonic() - mark
+        mark = time.monotonic()
+        fit = _Fit(data, encoder, loss, settings)
+        fit.run(features[: len(encoder)], progress)
+        curves["fit_step"] = [float(step) for step, _ in fit.curve]
+        curves["held_out"] = [value for _, value in fit.curve]
+        net = fit.net
+        latent = _latent(net, features[-1])
+        times["fit"] = time.monotonic() - mark
+    else:
+        solution = maximum_likelihood(data, everything, steps=settings.base_steps, progress=base_progress)
+        latent = _base_latent(solution)
+        times["base"] = time.monotonic() - mark
+    mark = time.monotonic()
+    image = _image(data, latent)
+    layers = coadd_layers(data, latent, psfs)
+    times["coadd"] = time.monotonic() - mark
+    mark = time.monotonic()
+    variance = _variance(observations, data, latent, everything, net, settings, progress)
+    times["noise"] = time.monotonic() - mark
+    covered = layers.n_visits > 0
+    times["total"] = time.monotonic() - started
+    return Restoration(
+        image=image,
+        variance=np.where(covered, variance, np.float32(np.nan)),
+        target_psf=gaussian_stamp(sigma),
+        target_sigma=sigma,
+        coadd=layers.coadd,
+        residual=layers.residual,
+        residual_variance=layers.variance,
+        residual_psf=layers.psf,
+        n_visits=layers.n_visits,
+        masked=layers.masked,
+        clipped=layers.clipped,
+        prior_carried=~covered,
+        cell_weight=layers.weight,
+        cell_good_fraction=data.good_fraction,
+        cell_overlap=data.overlap,
+        curves=curves,
+        metrics=_metrics(
+            observations, seeing, sigma, layers, image, variance, split, settings, curves, times
+        ),
+    )
+
+
+def _latent(net: Trunk, features: Features) -> torch.Tensor:
+    """Apply the network to one set and return the latent image."""
+    with torch.no_grad():
+        return latent_and_slope(_correct(net, features), features.noise)[0]
+
+
+def _base_latent(solution: MaximumLikelihood) -> torch.Tensor:
+    """Return the latent image of the only set without a network."""
+    return blended_base(solution, encoder_features(solution).noise)[0]
+
+
+def _image(data: PatchData, latent: torch.Tensor) -> np.ndarray:
+    """Return x = r * u on the pixels of the patch."""
+    ny, nx = data.layout.shape
+    image = inner_smooth(latent, data.sigma)[data.margin : data.margin + ny, data.margin : data.margin + nx]
+    return image.cpu().numpy().astype(np.float32)
+
+
+def _variance(
+    observations: Sequence[Observation],
+    data: PatchData,
+    latent: torch.Tensor,
+    everything: torch.Tensor,
+    net: Trunk | None,
+    settings: RestoreSettings,
+    progress: Progress | None,
+) -> np.ndarray:
+    """Restore new noise on the model itself and return the variance of what changes."""
+    image = _image(data, latent)
+    differences = []
+    for draw in range(settings.n_variance_draws):
+        noisy = data.with_observations(
+            NoisyModel(observations, data, latent, settings.seed + 1000 * (draw + 1))
+        )
+        solution = maximum_likelihood(noisy, everything, steps=settings.base_steps)
+        again = _base_latent(solution) if net is None else _latent(net, encoder_features(solution)[0])
+        differences.append(_image(data, again) - image)
+        if progress is not None:
+            progress("noise", draw + 1, settings.n_variance_draws, float(np.std(differences[-1])))
+    return local_variance(differences)
+
+
+def _metrics(
+    observations: Sequence[Observation],
+    seeing: Sequence[float],
+    sigma: float,
+    layers: CoaddLayers,
+    image: np.ndarray,
+    variance: np.ndarray,
+    split: bool,
+    settings: RestoreSettings,
+    curves: dict[str, list[float]],
+    times: dict[str, float],
+) -> dict[str, Any]:
+    """Collect the numbers of the run."""
+    covered = layers.n_visits > 0
+    coadd_noise = float(np.sqrt(np.nanmedian(layers.variance))) if covered.any() else math.nan
+    return {
+        "method": "network" if split else "maximum likelihood (no visits to split)",
+        "n_visits": int((layers.weight > 0).any(axis=(1, 2)).sum()),
+        "settings": dataclasses.asdict(settings),
+        "psf": {
+            "target_fwhm_pixels": sigma * FWHM_PER_SIGMA,
+            "visit_fwhm_pixels": {
+                observation.name: float(s) for observation, s in zip(observations, seeing, strict=True)
+            },
+        },
+        "noise": {
+            "coadd_sigma_nJy": coadd_noise,
+            "restored_sigma_nJy": float(np.sqrt(np.median(variance[covered]))) if covered.any() else math.nan,
+        },
+        "residual": {
+            "chi2_per_pixel": layers.chi2,
+            "median_nJy": float(np.nanmedian(layers.residual)) if covered.any() else math.nan,
+            "clipped_fraction": float(layers.clipped.mean()),
+        },
+        "held_out": {"first": curves["held_out"][0], "last": curves["held_out"][-1]}
+        if curves["held_out"]
+        else {},
+        "flux": {"restored_total_nJy": float(image[covered].sum(dtype=np.float64))},
+        "seconds": times,
+    }

@@ -1,0 +1,432 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""The task that restores a patch."""
+
+from __future__ import annotations
+
+__all__ = ("DeepPriorCoaddConfig", "DeepPriorCoaddConnections", "DeepPriorCoaddTask", "WarpHandles")
+
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from typing import Any, overload
+
+from lsst.coadd.deepprior import __version__
+from lsst.daf.butler import DeferredDatasetHandle
+from lsst.pex.config import ChoiceField, Field, ListField, RangeField
+from lsst.pipe.base import (
+    InMemoryDatasetHandle,
+    InputQuantizedConnection,
+    NoWorkFound,
+    OutputQuantizedConnection,
+    PipelineTask,
+    PipelineTaskConfig,
+    PipelineTaskConnections,
+    QuantumContext,
+    Struct,
+)
+from lsst.pipe.base.connectionTypes import Input, Output
+from lsst.utils.logging import LsstLogAdapter
+
+from ..coadd import InputPlanes, make_coadds
+from ..observation import Observation
+from ..psf import FWHM_PER_SIGMA
+from ..warps import Warp
+from .geometry import pixel_scale
+
+_LOG_INTERVAL = 10.0
+"""Seconds between two lines of progress in the log."""
+
+
+class DeepPriorCoaddConnections(PipelineTaskConnections, dimensions=("tract", "patch", "band", "skymap")):
+    """Inputs and outputs of `DeepPriorCoaddTask`."""
+
+    warps = Input(
+        doc="Visits of the patch, resampled to the pixels of the tract, each with its PSF in every cell.",
+        name="deep_prior_warp",
+        storageClass="CellCoadd",
+        dimensions=("tract", "patch", "skymap", "visit", "instrument"),
+        multiple=True,
+        deferLoad=True,
+    )
+    coadd = Output(
+        doc="The restored image with its variance, masks, PSF (the target PSF) and provenance.",
+        name="deep_prior_coadd",
+        storageClass="CellCoadd",
+        dimensions=("tract", "patch", "band", "skymap"),
+    )
+    residual = Output(
+        doc="Coadd of data minus model, with the PSF and variance of the plain coadd.",
+        name="deep_prior_residual",
+        storageClass="CellCoadd",
+        dimensions=("tract", "patch", "band", "skymap"),
+    )
+    metrics = Output(
+        doc="Numbers of the run: losses, PSFs, noise, times.",
+        name="deep_prior_coadd_metrics",
+        storageClass="StructuredDataDict",
+        dimensions=("tract", "patch", "band", "skymap"),
+    )
+
+
+class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoaddConnections):
+    """Configuration of `DeepPriorCoaddTask`."""
+
+    target_fwhm_arcsec = RangeField(
+        dtype=float,
+        doc="FWHM in arcsec of the PSF of the restored image. Without it (and without target_fwhm_pixels) it "
+        "is half the median seeing of the visits, and at least 2 pixels. A narrower PSF shows more detail, "
+        "which relies more on the prior; below 1.8 pixels the pixels do not sample it any more.",
+        default=None,
+        optional=True,
+        min=0.0,
+        inclusiveMin=False,
+    )
+    target_fwhm_pixels = RangeField(
+        dtype=float,
+        doc="The same in pixels; only one of the two can be set.",
+        default=None,
+        optional=True,
+        min=1.8,
+    )
+    bad_mask_planes = ListField[str](
+        doc="Mask planes of a warp whose pixels are not used. Planes that a warp does not have are ignored, "
+        "since warps of different origin name them differently. Interpolated pixels are among them because "
+        "they repeat what their neighbours say.",
+        default=[
+            "BAD",
+            "COSMIC_RAY",
+            "CR",
+            "EDGE",
+            "INTERPOLATED",
+            "INTRP",
+            "NO_DATA",
+            "SAT",
+            "SATURATED",
+            "SUSPECT",
+            "UNMASKEDNAN",
+            "UNMASKED_NAN",
+        ],
+    )
+    base_steps = RangeField(
+        dtype=int,
+        doc="Number of steps of the maximum-likelihood image that the network corrects. With fewer steps, "
+        "bright stars stay wider than the target PSF.",
+        default=120,
+        min=1,
+    )
+    steps = RangeField(
+        dtype=int,
+        doc="Number of steps of the fit of the network. With 0 there is no network, and the result is a "
+        "smoothed maximum-likelihood image.",
+        default=400,
+        min=0,
+    )
+    refresh_every = RangeField(
+        dtype=int,
+        doc="Number of steps between two passes over all visits, in which outliers are found anew. Smaller "
+        "values cost time and gain little.",
+        default=25,
+        min=1,
+    )
+    learning_rate = RangeField(
+        dtype=float,
+        doc="Largest learning rate of the fit. The fit stops with an error if it diverges; lower it then.",
+        default=2e-3,
+        min=0.0,
+        inclusiveMin=False,
+    )
+    n_splits = RangeField(
+        dtype=int,
+        doc="Number of ways in which the visits are split into those that the network reads and those it is "
+        "judged by, which is what keeps it from fitting noise. More splits give a better result and take "
+        "more time and memory; with two or three visits there are only as many as visits.",
+        default=24,
+        min=1,
+    )
+    huber_delta = RangeField(
+        dtype=float,
+        doc="Deviation of a pixel from the model, in standard deviations, above which it counts linearly and "
+        "not quadratically, so that unmasked cosmic rays and trails lose their weight.",
+        default=1.5,
+        min=0.0,
+        inclusiveMin=False,
+    )
+    psf_error = RangeField(
+        dtype=float,
+        doc="Relative error of the PSF models, which is added to the noise in proportion to the flux, "
+        "so that the cores of bright stars are not taken for outliers.",
+        default=0.005,
+        min=0.0,
+    )
+    n_variance_draws = RangeField(
+        dtype=int,
+        doc="Number of times that simulated noise is restored to measure the variance plane. The plane's "
+        "own relative error falls with its root; each costs as much as one base image.",
+        default=4,
+        min=1,
+    )
+    seed = Field[int](
+        doc="Seed of all random numbers. The same inputs, configuration and seed give the same result.",
+        default=1,
+    )
+    device = ChoiceField[str](
+        doc="Where to compute.",
+        default="auto",
+        allowed={
+            "auto": "A GPU if torch finds one, otherwise the CPU.",
+            "cpu": "The CPU, with as many threads as the quantum was given cores.",
+            "cuda": "A GPU; without one the task fails.",
+        },
+    )
+    cache_gib = RangeField(
+        dtype=float,
+        doc="Memory in GiB that pixels of warps may take between two passes over the visits. Warps that do "
+        "not fit are read again in each pass, so that any number of visits can be restored.",
+        default=4.0,
+        min=0.0,
+    )
+
+    def validate(self) -> None:
+        """Check that the target PSF is not given twice."""
+        super().validate()
+        if self.target_fwhm_arcsec is not None and self.target_fwhm_pixels is not None:
+            raise ValueError("Set target_fwhm_arcsec or target_fwhm_pixels, not both.")
+
+
+class WarpHandles(Sequence[Warp]):
+    """Warps that are read each time they are asked for, so that one is in memory at a time.
+
+    Parameters
+    ----------
+    handles : `~collections.abc.Iterable`
+        Deferred handles of the warps. They are put in the order of instrument and visit, so that the result
+        does not depend on the order in which they come.
+    """
+
+    def __init__(self, handles: Iterable[DeferredDatasetHandle | InMemoryDatasetHandle]) -> None:
+        self._handles = sorted(
+            handles, key=lambda handle: (handle.dataId["instrument"], handle.dataId["visit"])
+        )
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    @overload
+    def __getitem__(self, index: int) -> Warp: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> WarpHandles: ...
+
+    def __getitem__(self, index: int | slice) -> Warp | WarpHandles:
+        """Read a warp.
+
+        Raises
+        ------
+        RuntimeError
+            Raised if the warp cannot be read or is not valid; the message names its data ID.
+        """
+        if isinstance(index, slice):
+            return WarpHandles(self._handles[index])
+        handle = self._handles[index]
+        try:
+            return Warp.from_cell_coadd(handle.get())
+        except Exception as err:
+            raise RuntimeError(f"The warp {handle.dataId} cannot be used: {err}") from err
+
+
+class _Observations(Sequence[Observation]):
+    """Observations of some warps, of which a limited number of bytes is kept.
+
+    Parameters
+    ----------
+    warps : `~collections.abc.Sequence` [`Warp`]
+        The warps.
+    bad_planes : `~collections.abc.Sequence` [`str`]
+        Mask planes that make a pixel unusable.
+    cache_bytes : `float`
+        How much is kept.
+    """
+
+    def __init__(self, warps: Sequence[Warp], bad_planes: Sequence[str], cache_bytes: float) -> None:
+        self._warps = warps
+        self._bad_planes = bad_planes
+        self._room = cache_bytes
+        self._indices: list[int] = []
+        self._kept: dict[int, Observation] = {}
+
+    def add(self, index: int, observation: Observation) -> None:
+        """Append the observation of the warp of some index."""
+        self._indices.append(index)
+        size = sum(
+            a.nbytes for a in (observation.flux, observation.variance, observation.good, observation.psf)
+        )
+        if size <= self._room:
+            self._room -= size
+            self._kept[index] = observation
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, position: int) -> Observation:  # type: ignore[override]
+        index = self._indices[position]
+        if index in self._kept:
+            return self._kept[index]
+        return self._warps[index].observation(self._bad_planes)
+
+
+class _ProgressLog:
+    """Writes the progress of a fit to a log, at most one line in `_LOG_INTERVAL` seconds and phase."""
+
+    def __init__(self, log: LsstLogAdapter, label: str) -> None:
+        self._log = log
+        self._label = label
+        self._phase = ""
+        self._started = self._logged = 0.0
+        self._first_step = 0
+
+    def __call__(self, phase: str, step: int, n_steps: int, loss: float) -> None:
+        now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._started, self._first_step = phase, now, step
+        elif now < self._logged + _LOG_INTERVAL and step < n_steps:
+            return
+        self._logged = now
+        left = ""
+        if self._first_step < step < n_steps:
+            seconds = (now - self._started) / (step - self._first_step) * (n_steps - step)
+            left = f", {seconds:.0f} s left"
+        self._log.info("%s: %s, step %d of %d, loss %.4g%s.", self._label, phase, step, n_steps, loss, left)
+
+
+class DeepPriorCoaddTask(PipelineTask):
+    """Restore a patch from its warps: one image, at a known narrow PSF, and the residual that audits it."""
+
+    ConfigClass = DeepPriorCoaddConfig
+    _DefaultName = "deepPriorCoadd"
+    config: DeepPriorCoaddConfig
+
+    def runQuantum(  # noqa: N802
+        self,
+        butlerQC: QuantumContext,
+        inputRefs: InputQuantizedConnection,
+        outputRefs: OutputQuantizedConnection,
+    ) -> None:
+        """Read through handles, run, write."""
+        outputs = self.run(
+            warps=WarpHandles(butlerQC.get(inputRefs.warps)), n_threads=butlerQC.resources.num_cores
+        )
+        butlerQC.put(outputs, outputRefs)
+
+    def run(self, *, warps: Sequence[Warp], n_threads: int = 1) -> Struct:
+        """Restore a patch.
+
+        Parameters
+        ----------
+        warps : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.warps.Warp`]
+            Visits of one patch and band. They are asked for one at a time, those that do not fit in the cache
+            several times.
+        n_threads : `int`, optional
+            Number of threads to compute with on the CPU.
+
+        Returns
+        -------
+        result : `lsst.pipe.base.Struct`
+            ``coadd`` and ``residual`` (`lsst.images.cells.CellCoadd`) and ``metrics`` (`dict`).
+
+        Raises
+        ------
+        lsst.pipe.base.NoWorkFound
+            Raised if no warp has a usable pixel.
+        RuntimeError
+            Raised if a warp cannot be used, or no GPU is found where one is asked for.
+        """
+        import torch
+
+        from ..operators import CellLayout
+        from ..restore import RestoreSettings, restore
+
+        started = time.monotonic()
+        observations = _Observations(warps, self.config.bad_mask_planes, self.config.cache_gib * 2**30)
+        infos, left_out = [], []
+        planes: InputPlanes | None = None
+        for index, warp in enumerate(warps):
+            observation = warp.observation(self.config.bad_mask_planes)
+            if not observation.good.any():
+                self.log.warning("%s has no usable pixel in the patch and is left out.", warp.label)
+                left_out.append(warp.label)
+                continue
+            if planes is None:
+                planes = InputPlanes(warp.patch)
+                band, sky_projection = warp.band, warp.sky_projection
+            planes.add(warp, self.config.bad_mask_planes)
+            infos.append(warp.info)
+            observations.add(index, observation)
+        if planes is None:
+            raise NoWorkFound(f"None of the {len(warps)} warps has a usable pixel.")
+        read_seconds = time.monotonic() - started
+
+        patch = planes.patch
+        frame = sky_projection.pixel_frame
+        label = f"tract {frame.tract}, patch {patch.id}, {band} band"
+        self.log.info("%s: restoring from %d of %d warps.", label, len(infos), len(warps))
+        torch.set_num_threads(n_threads)
+        scale = pixel_scale(sky_projection, patch.cells.bbox)
+        target_fwhm = self.config.target_fwhm_pixels
+        if self.config.target_fwhm_arcsec is not None:
+            target_fwhm = self.config.target_fwhm_arcsec / scale
+        same = {field.name for field in dataclasses.fields(RestoreSettings)} - {"target_fwhm"}
+        settings = RestoreSettings(
+            target_fwhm=target_fwhm, **{name: getattr(self.config, name) for name in same}
+        )
+        restoration = restore(
+            observations,
+            CellLayout(
+                patch.cells.grid_size.i,
+                patch.cells.grid_size.j,
+                patch.cells.cell_shape.y,
+                patch.cells.cell_shape.x,
+            ),
+            settings,
+            device=self._device(torch.cuda.is_available()),
+            progress=_ProgressLog(self.log, label),
+        )
+        metadata = {
+            "deepprior_version": __version__,
+            "torch_version": version("torch"),
+            "target_fwhm_arcsec": restoration.target_sigma * FWHM_PER_SIGMA * scale,
+            **{name: value for name, value in dataclasses.asdict(settings).items() if value is not None},
+        }
+        coadd, residual = make_coadds(
+            restoration, infos, planes, sky_projection=sky_projection, band=band, metadata=metadata
+        )
+        fwhm = restoration.metrics["psf"]["visit_fwhm_pixels"]
+        metrics: dict[str, Any] = restoration.metrics | {
+            "curves": restoration.curves,
+            "pixel_scale_arcsec": scale,
+            "visits": [
+                {
+                    "instrument": info.instrument,
+                    "visit": info.visit,
+                    "fwhm_pixels": fwhm[info.label],
+                    "good_fraction": float(good.mean()),
+                }
+                for info, good in zip(infos, restoration.cell_good_fraction, strict=True)
+            ],
+            "left_out": left_out,
+        }
+        metrics["seconds"] |= {"input": read_seconds, "task": time.monotonic() - started}
+        self.metadata["n_warps_used"] = len(infos)
+        self.metadata["n_warps_left_out"] = len(left_out)
+        self.log.info("%s: restored in %.0f s.", label, metrics["seconds"]["task"])
+        return Struct(coadd=coadd, residual=residual, metrics=metrics)
+
+    def _device(self, has_gpu: bool) -> str:
+        """Name the device to compute on."""
+        if self.config.device == "cuda" and not has_gpu:
+            raise RuntimeError("The configuration asks for device 'cuda', but torch finds no GPU here.")
+        return "cuda" if has_gpu and self.config.device != "cpu" else "cpu"

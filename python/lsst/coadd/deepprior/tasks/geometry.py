@@ -1,0 +1,57 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""From the objects of lsst.images to plain numbers and arrays."""
+
+from __future__ import annotations
+
+__all__ = ("pixel_scale", "psf_stamps")
+
+import numpy as np
+
+from lsst.images import XY, Box, SkyProjection
+from lsst.images.cells import CellCoadd
+
+
+def pixel_scale(sky_projection: SkyProjection, bbox: Box) -> float:
+    """Measure the size of a pixel at the centre of a box.
+
+    Parameters
+    ----------
+    sky_projection : `lsst.images.SkyProjection`
+        Projection of the pixels to the sky.
+    bbox : `lsst.images.Box`
+        The box.
+
+    Returns
+    -------
+    scale : `float`
+        Root of the area of the pixel, in arcsec.
+    """
+    x, y = bbox.x.center, bbox.y.center
+    corner, right, above = (
+        sky_projection.pixel_to_sky(XY(x=x + dx, y=y + dy)) for dx, dy in ((0, 0), (1, 0), (0, 1))
+    )
+    return float(np.sqrt(corner.separation(right).arcsec * corner.separation(above).arcsec))
+
+
+def psf_stamps(coadd: CellCoadd) -> np.ndarray:
+    """Collect the PSF of all cells of a coadd.
+
+    Parameters
+    ----------
+    coadd : `lsst.images.cells.CellCoadd`
+        Coadd of a whole patch.
+
+    Returns
+    -------
+    stamps : `numpy.ndarray`, (cell_i, cell_j, k, k)
+        PSF stamps; NaN in missing cells.
+    """
+    size = coadd.grid.grid_size
+    stamps = np.full((size.i, size.j, *coadd.psf.kernel_bbox.shape), np.nan)
+    for cell in coadd.psf.bounds.cell_indices():
+        stamps[cell.i, cell.j] = coadd.psf[cell].array
+    return stamps

@@ -1,0 +1,127 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""The task that makes the source list of a restored patch."""
+
+from __future__ import annotations
+
+__all__ = ("MeasureDeepPriorCoaddConfig", "MeasureDeepPriorCoaddConnections", "MeasureDeepPriorCoaddTask")
+
+import numpy as np
+
+from lsst.images import XY
+from lsst.images.cells import CellCoadd
+from lsst.pex.config import RangeField
+from lsst.pipe.base import PipelineTask, PipelineTaskConfig, PipelineTaskConnections, Struct
+from lsst.pipe.base.connectionTypes import Input, Output
+
+from ..psf import FWHM_PER_SIGMA, fwhm
+from .geometry import psf_stamps
+
+
+class MeasureDeepPriorCoaddConnections(
+    PipelineTaskConnections, dimensions=("tract", "patch", "band", "skymap")
+):
+    """Inputs and outputs of `MeasureDeepPriorCoaddTask`."""
+
+    coadd = Input(
+        doc="The restored image.",
+        name="deep_prior_coadd",
+        storageClass="CellCoadd",
+        dimensions=("tract", "patch", "band", "skymap"),
+    )
+    residual = Input(
+        doc="Coadd of data minus model.",
+        name="deep_prior_residual",
+        storageClass="CellCoadd",
+        dimensions=("tract", "patch", "band", "skymap"),
+    )
+    sources = Output(
+        doc="Sources of the restored image and of the residual, measured on both.",
+        name="deep_prior_coadd_sources",
+        storageClass="ArrowAstropy",
+        dimensions=("tract", "patch", "band", "skymap"),
+    )
+
+
+class MeasureDeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=MeasureDeepPriorCoaddConnections):
+    """Configuration of `MeasureDeepPriorCoaddTask`."""
+
+    min_snr = RangeField(
+        dtype=float,
+        doc="Smallest ratio of a source's flux to its error, from the noise of the data. It is also the "
+        "height of a peak above the saddle to a brighter one that makes it a source of its own, as the flux "
+        "of a point source with that peak. Below 4, noise begins to enter the catalogue.",
+        default=5.0,
+        min=0.0,
+        inclusiveMin=False,
+    )
+    threshold = RangeField(
+        dtype=float,
+        doc="Surface brightness of the restored image at which sources end, in units of the peak of a point "
+        "source whose flux is one standard error of the data. It is below 1 because the restored image is "
+        "much less noisy than the data; faint wings that it cuts off are missing from a source's shape.",
+        default=0.7,
+        min=0.0,
+        inclusiveMin=False,
+    )
+    psf_error = RangeField(
+        dtype=float,
+        doc="Share of a neighbour's light under a source that errors of the PSF may have put there. What is "
+        "fainter than min_snr times this share is taken for a trace of the neighbour, not for a source.",
+        default=0.02,
+        min=0.0,
+    )
+
+
+class MeasureDeepPriorCoaddTask(PipelineTask):
+    """Detect sources on a restored image and measure them so that the prior cancels."""
+
+    ConfigClass = MeasureDeepPriorCoaddConfig
+    _DefaultName = "measureDeepPriorCoadd"
+    config: MeasureDeepPriorCoaddConfig
+
+    def run(self, *, coadd: CellCoadd, residual: CellCoadd) -> Struct:
+        """Make the source list of a patch.
+
+        Parameters
+        ----------
+        coadd : `lsst.images.cells.CellCoadd`
+            The restored image of the patch.
+        residual : `lsst.images.cells.CellCoadd`
+            Coadd of data minus model of the same patch.
+
+        Returns
+        -------
+        result : `lsst.pipe.base.Struct`
+            ``sources`` (`astropy.table.Table`): see `~lsst.coadd.deepprior.measure.measure_sources`.
+        """
+        from ..deblend import DetectionSettings
+        from ..measure import MeasureInputs, measure_sources
+
+        def pixel_to_sky(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            sky = coadd.sky_projection.pixel_to_sky(XY(x=x, y=y))
+            return sky.ra.deg, sky.dec.deg
+
+        target = psf_stamps(coadd)
+        target = target[np.isfinite(target[:, :, 0, 0])]
+        inner = coadd.patch.inner_bbox
+        inputs = MeasureInputs(
+            model=coadd.image.array,
+            target_sigma=fwhm(target[0]) / FWHM_PER_SIGMA,
+            residual=residual.image.array,
+            variance=residual.variance.array,
+            psf=psf_stamps(residual),
+            planes={name: coadd.mask.get(name) for name in ("SAT", "CLIPPED", "PRIOR_CARRIED")},
+            origin=(coadd.bbox.y.start, coadd.bbox.x.start),
+            inner=(slice(inner.y.start, inner.y.stop), slice(inner.x.start, inner.x.stop)),
+        )
+        settings = DetectionSettings(
+            min_snr=self.config.min_snr, threshold=self.config.threshold, psf_error=self.config.psf_error
+        )
+        sources = measure_sources(inputs, pixel_to_sky, settings)
+        self.metadata["n_sources"] = len(sources)
+        self.log.info("Patch %d, %s band: %d sources.", coadd.patch.id, coadd.band, len(sources))
+        return Struct(sources=sources)

@@ -1,0 +1,217 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""The task that draws the figure of a restored patch."""
+
+from __future__ import annotations
+
+__all__ = ("PlotDeepPriorCoaddConfig", "PlotDeepPriorCoaddConnections", "PlotDeepPriorCoaddTask")
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from astropy.table import Table
+
+from lsst.images.cells import CellCoadd
+from lsst.pipe.base import (
+    InputQuantizedConnection,
+    OutputQuantizedConnection,
+    PipelineTask,
+    PipelineTaskConfig,
+    PipelineTaskConnections,
+    QuantumContext,
+    Struct,
+)
+from lsst.pipe.base.connectionTypes import Input, Output
+
+from ..joint_fit import Coadd
+from ..psf import FWHM_PER_SIGMA, fwhm
+from ..warps import Warp
+from .deep_prior_coadd import WarpHandles
+from .geometry import psf_stamps
+
+_AB_ZERO_POINT = 31.4
+"""AB magnitude of 1 nJy."""
+
+
+class PlotDeepPriorCoaddConnections(PipelineTaskConnections, dimensions=("tract", "patch", "band", "skymap")):
+    """Inputs and outputs of `PlotDeepPriorCoaddTask`."""
+
+    coadd = Input(
+        doc="The restored image.",
+        name="deep_prior_coadd",
+        storageClass="CellCoadd",
+        dimensions=("tract", "patch", "band", "skymap"),
+    )
+    residual = Input(
+        doc="Coadd of data minus model.",
+        name="deep_prior_residual",
+        storageClass="CellCoadd",
+        dimensions=("tract", "patch", "band", "skymap"),
+    )
+    sources = Input(
+        doc="Sources of the patch.",
+        name="deep_prior_coadd_sources",
+        storageClass="ArrowAstropy",
+        dimensions=("tract", "patch", "band", "skymap"),
+    )
+    metrics = Input(
+        doc="Numbers of the restoration.",
+        name="deep_prior_coadd_metrics",
+        storageClass="StructuredDataDict",
+        dimensions=("tract", "patch", "band", "skymap"),
+    )
+    warps = Input(
+        doc="Visits of the patch, of which only that of the best seeing is read.",
+        name="deep_prior_warp",
+        storageClass="CellCoadd",
+        dimensions=("tract", "patch", "skymap", "visit", "instrument"),
+        multiple=True,
+        deferLoad=True,
+    )
+    plot = Output(
+        doc="Figure of plain coadd, best exposure, restored image, residual, PSFs and fit.",
+        name="deep_prior_coadd_plot",
+        storageClass="Plot",
+        dimensions=("tract", "patch", "band", "skymap"),
+    )
+
+
+class PlotDeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=PlotDeepPriorCoaddConnections):
+    """Configuration of `PlotDeepPriorCoaddTask`."""
+
+
+class PlotDeepPriorCoaddTask(PipelineTask):
+    """Draw the figure of a restored patch."""
+
+    ConfigClass = PlotDeepPriorCoaddConfig
+    _DefaultName = "plotDeepPriorCoadd"
+    config: PlotDeepPriorCoaddConfig
+
+    def runQuantum(  # noqa: N802
+        self,
+        butlerQC: QuantumContext,
+        inputRefs: InputQuantizedConnection,
+        outputRefs: OutputQuantizedConnection,
+    ) -> None:
+        """Read the warp with the best seeing and everything else, run, write."""
+        inputs = butlerQC.get(inputRefs)
+        best = best_visit(inputs["metrics"])
+        handles = inputs.pop("warps")
+        (warp,) = WarpHandles(
+            handle
+            for handle in handles
+            if (handle.dataId["instrument"], handle.dataId["visit"]) == (best["instrument"], best["visit"])
+        )
+        butlerQC.put(self.run(best_warp=warp, **inputs), outputRefs)
+
+    def run(
+        self,
+        *,
+        coadd: CellCoadd,
+        residual: CellCoadd,
+        sources: Table,
+        metrics: Mapping[str, Any],
+        best_warp: Warp,
+    ) -> Struct:
+        """Draw the figure.
+
+        Parameters
+        ----------
+        coadd : `lsst.images.cells.CellCoadd`
+            The restored image of the patch.
+        residual : `lsst.images.cells.CellCoadd`
+            Coadd of data minus model of the same patch.
+        sources : `astropy.table.Table`
+            Its sources.
+        metrics : `~collections.abc.Mapping`
+            Numbers of the restoration.
+        best_warp : `~lsst.coadd.deepprior.warps.Warp`
+            The visit of the best seeing.
+
+        Returns
+        -------
+        result : `lsst.pipe.base.Struct`
+            ``plot`` (`matplotlib.figure.Figure`).
+        """
+        from ..figure import FigureInputs, draw_figure
+
+        target_stamps, coadd_stamps = psf_stamps(coadd), psf_stamps(residual)
+        target = _typical_stamp(target_stamps)
+        model = np.nan_to_num(coadd.image.array)
+        data = Coadd(
+            model, fwhm(target) / FWHM_PER_SIGMA, residual.image.array, residual.variance.array, coadd_stamps
+        )
+        visit = np.full(model.shape, np.nan)
+        visit[best_warp.bbox.slice_within(coadd.bbox)] = best_warp.image
+        psfs = (_typical_stamp(coadd_stamps), _typical_stamp(best_warp.psf_stamps), target)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            sigmas = residual.image.array / np.sqrt(residual.variance.array)
+        inputs = FigureInputs(
+            title=f"Tract {coadd.tract}, patch {coadd.patch.id}, {coadd.band} band",
+            coadd=np.where(data.good, data.image, np.nan),
+            visit=visit,
+            restored=coadd.image.array,
+            visit_name=f"visit {best_warp.visit}",
+            residual=sigmas,
+            noise=float(np.sqrt(np.median(residual.variance.array[data.good]))),
+            psfs=psfs,
+            fwhm=(fwhm(psfs[0]), fwhm(psfs[1]), fwhm(psfs[2])),
+            sources=sources,
+            origin=(coadd.bbox.y.start, coadd.bbox.x.start),
+            pixel_scale=metrics["pixel_scale_arcsec"],
+            curves=metrics["curves"],
+            facts=_facts(metrics, sources, data),
+        )
+        return Struct(plot=draw_figure(inputs))
+
+
+def best_visit(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Choose the visit with the narrowest PSF of those that cover at least half of the patch, or of all.
+
+    Parameters
+    ----------
+    metrics : `~collections.abc.Mapping`
+        Numbers of a restoration.
+
+    Returns
+    -------
+    visit : `~collections.abc.Mapping`
+        Its entry of ``metrics["visits"]``.
+    """
+    visits = metrics["visits"]
+    covering = [visit for visit in visits if visit["good_fraction"] >= 0.5]
+    return min(covering or visits, key=lambda visit: visit["fwhm_pixels"])
+
+
+def _typical_stamp(stamps: np.ndarray) -> np.ndarray:
+    """Return the PSF of the middle one of the cells that have one."""
+    cells = np.argwhere(np.isfinite(stamps[:, :, 0, 0]))
+    return stamps[tuple(cells[len(cells) // 2])]
+
+
+def _facts(metrics: Mapping[str, Any], sources: Table, data: Coadd) -> dict[str, str]:
+    """Put the numbers that matter most into words."""
+    scale = metrics["pixel_scale_arcsec"]
+    seeing = sorted(visit["fwhm_pixels"] * scale for visit in metrics["visits"])
+    point_error = 1.0 / np.sqrt(np.median(data.information[data.good]))
+    depth = _AB_ZERO_POINT - 2.5 * np.log10(5.0 * point_error)
+    x, y = (np.asarray(sources[name], dtype=float) for name in ("x", "y"))
+    distance = np.hypot(x[:, None] - x, y[:, None] - y)
+    n_pairs = (np.count_nonzero(distance < np.nanmedian(data.fwhm)) - len(sources)) // 2
+    noise = metrics["noise"]
+    return {
+        "Visits": str(len(seeing)),
+        "Seeing, best to worst": f"{seeing[0]:.2f}\u2033 to {seeing[-1]:.2f}\u2033",
+        "Depth of the coadd (5\u03c3, point source)": f"{depth:.2f} mag",
+        "Sources": str(len(sources)),
+        "Pairs closer than the coadd's FWHM": str(n_pairs),
+        "Sky noise, restored / coadd": f"{noise['restored_sigma_nJy'] / noise['coadd_sigma_nJy']:.2f}",
+        "Residual: \u03c7\u00b2 per pixel": f"{metrics['residual']['chi2_per_pixel']:.3f}",
+        "Pixels with an outlier": f"{100.0 * metrics['residual']['clipped_fraction']:.1f} %",
+        "Method": metrics["method"],
+        "Time": f"{metrics['seconds']['task']:.0f} s",
+    }

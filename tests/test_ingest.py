@@ -1,0 +1,611 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Every refusal and acceptance of warp files, as users of ``deepprior ingest`` see them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from click.testing import CliRunner, Result
+
+from lsst.coadd.deepprior.cli import main
+from lsst.coadd.deepprior.ingest import DATASET_TYPE, DEFAULT_RUN
+from lsst.coadd.deepprior.simulate import SceneConfig, write_scene
+from lsst.coadd.deepprior.warp_files import read_warp_file
+from lsst.coadd.deepprior.warps import Warp
+from lsst.daf.butler import Butler, DatasetRef
+from lsst.images import Box
+from lsst.sphgeom import LonLat, UnitVector3d
+
+# The files of the fixture hold 2x3 cells of 32 pixels: 64 rows and 96 columns.
+NY, NX = 64, 96
+
+
+def ingest(repo: Path, *files: Path, options: tuple[str, ...] = ()) -> Result:
+    return CliRunner().invoke(main, ["ingest", str(repo), *map(str, files), *options])
+
+
+def refs(repo: Path, run: str = DEFAULT_RUN) -> list[DatasetRef]:
+    with Butler.from_config(str(repo)) as butler:
+        return butler.query_datasets(DATASET_TYPE, run, find_first=False, explain=False)
+
+
+def stored(repo: Path, **data_id: str | int) -> Warp:
+    with Butler.from_config(str(repo), collections=DEFAULT_RUN) as butler:
+        return Warp.from_cell_coadd(butler.get(DATASET_TYPE, data_id))
+
+
+def edited(source: Path, target: Path, edit: Callable[[fits.HDUList], object]) -> Path:
+    """Copy a warp file with a change."""
+    with fits.open(source) as hdus:
+        edit(hdus)
+        hdus.writeto(target)
+    return target
+
+
+def on_sky(warp: Warp, x: float, y: float) -> UnitVector3d:
+    sky = warp.sky_projection.pixel_to_sky(x=x, y=y)
+    return UnitVector3d(LonLat.fromRadians(sky.ra.rad, sky.dec.rad))
+
+
+def one_line(result: Result) -> str:
+    """Return the message of a refused call, after checking that it is one line and the last one."""
+    assert result.exit_code == 1, result.output
+    *_, message = result.output.strip().splitlines()
+    assert message.startswith("Error: "), result.output
+    assert "Traceback" not in result.output
+    return message
+
+
+def header(hdu: str, **cards: object) -> Callable[[fits.HDUList], object]:
+    return lambda hdus: hdus[hdu].header.update(cards)
+
+
+def without(hdu: str, *keywords: str) -> Callable[[fits.HDUList], object]:
+    def edit(hdus: fits.HDUList) -> None:
+        for keyword in keywords:
+            del hdus[hdu].header[keyword]
+
+    return edit
+
+
+def data(hdu: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[fits.HDUList], object]:
+    def edit(hdus: fits.HDUList) -> None:
+        hdus[hdu].data = change(hdus[hdu].data)
+
+    return edit
+
+
+def added(name: str, array: np.ndarray, **cards: object) -> Callable[[fits.HDUList], object]:
+    return lambda hdus: hdus.append(fits.ImageHDU(array, fits.Header(cards), name=name))
+
+
+def removed(name: str) -> Callable[[fits.HDUList], object]:
+    return lambda hdus: hdus.pop(hdus.index_of(name))
+
+
+def emptied(name: str) -> Callable[[fits.HDUList], object]:
+    def edit(hdus: fits.HDUList) -> None:
+        hdus[hdus.index_of(name)] = fits.ImageHDU(name=name)
+
+    return edit
+
+
+def with_corner(psf: np.ndarray, value: float) -> np.ndarray:
+    psf[0, 0] = value
+    return psf
+
+
+def many(psf: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    return np.broadcast_to(psf, (*shape, *psf.shape)).copy()
+
+
+GRID = ("CELLSZ", "PATX0", "PATY0", "PATNX", "PATNY")
+
+REFUSALS = {
+    "mask of another shape": (data("MASK", lambda a: a[:, 1:]), "MASK has the shape (64, 95)"),
+    "variance of another shape": (data("VARIANCE", lambda a: a.T), "VARIANCE has the shape (96, 64)"),
+    "noise of another shape": (added("NOISE", np.zeros((3, 4))), "NOISE has the shape (3, 4)"),
+    "image of another shape": (data("IMAGE", lambda a: a[1:]), "has the shape (64, 96), IMAGE (63, 96)"),
+    "image cube": (data("IMAGE", lambda a: a[np.newaxis]), "IMAGE has 3 dimensions, not 2"),
+    "mask of floats": (data("MASK", lambda a: a.astype(float)), "MASK is of type"),
+    "shifted grid": (
+        lambda h: h["IMAGE"].header.update(CRPIX1=h["IMAGE"].header["CRPIX1"] + 0.01),
+        "pixel grid",
+    ),
+    "other scale": (header("IMAGE", PC1_1=-5.6e-05), "pixel grid"),
+    "far away": (header("IMAGE", CRVAL1=330.1, CRVAL2=-2.2), "pixel grid"),
+    "rows shifted by LTV alone": (header("IMAGE", LTV2=-14201.0), "pixel grid"),
+    "columns shifted by LTV alone": (header("IMAGE", LTV1=-15601.0), "pixel grid"),
+    "fraction of a pixel": (header("IMAGE", LTV1=-15600.5), "not whole numbers of pixels"),
+    "no WCS": (without("IMAGE", "CTYPE1", "CTYPE2"), "no celestial WCS"),
+    "broken WCS": (header("IMAGE", PC1_1=0.0, PC2_2=0.0), "WCS of IMAGE cannot be read"),
+    "galactic WCS": (header("IMAGE", CTYPE1="GLON-TAN", CTYPE2="GLAT-TAN"), "must be in ICRS"),
+    "FK4 WCS": (header("IMAGE", RADESYS="FK4"), "must be in ICRS"),
+    "counts": (header("IMAGE", BUNIT="adu"), "IMAGE is in the unit 'adu'; it must be in nJy"),
+    "microjansky": (header("IMAGE", BUNIT="uJy"), "IMAGE is in the unit 'uJy'"),
+    "unknown unit": (header("IMAGE", BUNIT="furlong"), "IMAGE is in the unit 'furlong'"),
+    "no unit": (without("IMAGE", "BUNIT"), "IMAGE is without BUNIT; it must be in nJy"),
+    "variance in other units": (header("VARIANCE", BUNIT="adu**2"), "VARIANCE is in the unit 'adu**2'"),
+    "even-sized PSF": (data("PSF", lambda a: a[:-1, :-1]), "the PSF has 14x14 pixels"),
+    "oblong PSF": (data("PSF", lambda a: a[:-2]), "the PSF has 13x15 pixels"),
+    "PSF cube": (data("PSF", lambda a: a[np.newaxis]), "PSF has 3 dimensions"),
+    "empty PSF": (emptied("PSF"), "the extension PSF is empty"),
+    "PSF of NaN": (data("PSF", lambda a: a * np.nan), "the PSF is empty, it holds nothing but NaN"),
+    "PSF with one NaN": (data("PSF", lambda a: with_corner(a, np.nan)), "a PSF stamp is finite only in part"),
+    "PSF of sum 0": (data("PSF", lambda a: a * 0.0), "the sum of a PSF stamp is not positive"),
+    "PSF of negative sum": (data("PSF", lambda a: -a), "the sum of a PSF stamp is not positive"),
+    "PSF of other cells": (data("PSF", lambda a: many(a, (3, 2))), "PSF stamps for (3, 2) cells"),
+    "no VISIT": (without("PRIMARY", "VISIT"), "the keyword VISIT is missing"),
+    "no BAND": (without("PRIMARY", "BAND"), "the keyword BAND is missing"),
+    "blank BAND": (header("PRIMARY", BAND=""), "the keyword BAND is missing"),
+    "no INSTRUME": (without("PRIMARY", "INSTRUME"), "the keyword INSTRUME is missing"),
+    "no FILTER": (without("PRIMARY", "FILTER"), "the keyword FILTER is missing"),
+    "VISIT that is no number": (header("PRIMARY", VISIT="4001"), "VISIT = '4001' is not an integer"),
+    "negative VISIT": (header("PRIMARY", VISIT=-3), "VISIT = -3 is not an integer of at least 0"),
+    "very long INSTRUME": (header("PRIMARY", INSTRUME="x" * 33), "not a text of at most 32 characters"),
+    "MJD that is no number": (header("PRIMARY", MJD="today"), "MJD = 'today' is not a number"),
+    "part of the cell grid": (without("PRIMARY", "PATNX"), "the keyword PATNX is missing"),
+    "cells of no size": (header("PRIMARY", CELLSZ=0), "CELLSZ = 0 is not an integer of at least 1"),
+    "other cells": (header("PRIMARY", CELLSZ=16), "cell grid"),
+    "pixels outside of its patch": (header("PRIMARY", PATNX=64), "cell grid"),
+    "mask bit 32": (header("MASK", MP_CR=32), "MP_CR = 32 is not the number of a mask bit"),
+    "no IMAGE": (removed("IMAGE"), "the extension IMAGE is missing"),
+    "no MASK": (removed("MASK"), "the extension MASK is missing"),
+    "no VARIANCE": (removed("VARIANCE"), "the extension VARIANCE is missing"),
+    "no PSF": (removed("PSF"), "the extension PSF is missing"),
+    "filter of another band": (header("PRIMARY", BAND="z"), "the filter 'r_sim' the band 'z'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_an_invalid_file_is_refused_and_nothing_is_written(
+    case: str, warp_files: list[Path], tmp_path: Path
+) -> None:
+    edit, reason = REFUSALS[case]
+    bad = edited(warp_files[1], tmp_path / "bad.fits", edit)
+    message = one_line(ingest(tmp_path / "repo", warp_files[0], bad, warp_files[2]))
+    assert str(bad) in message
+    assert reason in message
+    assert not (tmp_path / "repo").exists()
+
+
+def test_an_invalid_file_leaves_an_existing_repository_as_it_was(
+    warp_files: list[Path], tmp_path: Path
+) -> None:
+    repo = tmp_path / "repo"
+    assert ingest(repo, warp_files[0]).exit_code == 0
+    bad = edited(warp_files[1], tmp_path / "bad.fits", header("IMAGE", BUNIT="adu"))
+    message = one_line(ingest(repo, bad, warp_files[2], options=("--run", "other/run")))
+    assert str(bad) in message
+    assert [ref.dataId["visit"] for ref in refs(repo)] == [3000]
+    with Butler.from_config(str(repo)) as butler:
+        assert "other/run" not in butler.collections.query("*")
+        assert [record.id for record in butler.query_dimension_records("visit")] == [3000]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 2880, 5000, 9000, 30000, -1, -2880])
+def test_a_truncated_file_is_refused(kept: int, warp_files: list[Path], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.fits"
+    bad.write_bytes(warp_files[1].read_bytes()[:kept])
+    assert str(bad) in one_line(ingest(tmp_path / "repo", warp_files[0], bad))
+    assert not (tmp_path / "repo").exists()
+
+
+def test_what_is_no_fits_file_is_refused(warp_files: list[Path], tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("These are not the pixels you are looking for.\n" * 200)
+    for bad, reason in (
+        (text, "not a complete FITS file"),
+        (tmp_path / "absent.fits", "there is no such file"),
+        (tmp_path, "not a complete FITS file"),
+    ):
+        message = one_line(ingest(tmp_path / "repo", warp_files[0], bad))
+        assert f"Error: {bad}: " in message
+        assert reason in message
+    assert not (tmp_path / "repo").exists()
+
+
+def test_two_files_of_one_visit_and_patch_are_refused(warp_files: list[Path], tmp_path: Path) -> None:
+    again = edited(warp_files[1], tmp_path / "again.fits", header("PRIMARY", EXPTIME=31.0))
+    message = one_line(ingest(tmp_path / "repo", *warp_files[:2], again))
+    assert str(again) in message
+    assert str(warp_files[1]) in message
+    assert "same visit (DeepPriorSim visit 3001) and patch" in message
+    assert not (tmp_path / "repo").exists()
+
+
+def test_files_that_contradict_each_other_about_a_visit_are_refused(
+    warp_files: list[Path], tmp_path: Path
+) -> None:
+    # The other patch of the same visit, with another filter, and taken in another night.
+    in_other_patch = next(f for f in warp_files if f.name == "warp_1_r_3000.fits")
+    for cards, reason in (({"FILTER": "other"}, "the filter 'other'"), ({"MJD": 51544.6}, "20000101")):
+        bad = edited(
+            in_other_patch, tmp_path / f"bad{len(cards)}{reason[-3]}.fits", header("PRIMARY", **cards)
+        )
+        message = one_line(ingest(tmp_path / "repo", warp_files[0], bad))
+        assert str(bad) in message
+        assert reason in message
+        # The same against what the repository knows.
+        repo = tmp_path / "known"
+        assert ingest(repo, warp_files[0]).exit_code == 0
+        message = one_line(ingest(repo, bad))
+        assert str(bad) in message
+        assert reason in message
+        assert len(refs(repo)) == 1
+
+
+@pytest.fixture(scope="module")
+def accepted(warp_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of files with every kind of pixel that must be accepted as no data."""
+    tmp_path = tmp_path_factory.mktemp("accepted")
+
+    def flux(a: np.ndarray) -> np.ndarray:
+        a[3, 4:7] = [np.nan, np.inf, -np.inf]
+        return a
+
+    def variance(a: np.ndarray) -> np.ndarray:
+        a[5, 10:15] = [np.nan, 0.0, -1.0, np.inf, -np.inf]
+        return a
+
+    def no_data(hdus: fits.HDUList) -> None:
+        hdus["IMAGE"].data = flux(hdus["IMAGE"].data)
+        hdus["VARIANCE"].data = variance(hdus["VARIANCE"].data)
+        hdus["MASK"].data[:] = 0
+
+    def all_masked(hdus: fits.HDUList) -> None:
+        hdus["MASK"].data[:] = 1 << hdus["MASK"].header["MP_BAD"]
+
+    def per_cell(hdus: fits.HDUList) -> None:
+        stamps = many(hdus["PSF"].data[3:-3, 3:-3], (2, 3))
+        stamps[0, 1, 4, 4] *= 2.0
+        stamps[1, 2] = np.nan
+        hdus["PSF"].data = stamps
+        hdus["MASK"].data[:] = 0
+        hdus.append(fits.ImageHDU(np.arange(NY * NX, dtype=np.float32).reshape(NY, NX), name="NOISE"))
+
+    files = [
+        edited(warp_files[0], tmp_path / "no_data.fits", no_data),
+        edited(warp_files[1], tmp_path / "all_masked.fits", all_masked),
+        edited(full_coverage(warp_files[3:6]), tmp_path / "per_cell.fits", per_cell),
+    ]
+    repo = tmp_path / "repo"
+    result = ingest(repo, *files)
+    assert result.exit_code == 0, result.output
+    assert "3 warps of 1 patches ingested" in result.output
+    return repo
+
+
+def full_coverage(files: list[Path]) -> Path:
+    """Return the first of some files that covers its patch as a whole."""
+    return next(file for file in files if fits.getdata(file, "IMAGE").shape == (NY, NX))
+
+
+def test_bad_pixels_are_no_data(accepted: Path) -> None:
+    warp = stored(accepted, instrument="DeepPriorSim", visit=3000, skymap="deepprior_sim", tract=9, patch=0)
+    unusable = {(3, 4), (3, 5), (3, 6), *((5, x) for x in range(10, 15))}
+    assert {tuple(index) for index in np.argwhere(warp.unusable(["BAD", "SAT", "CR"])).tolist()} == unusable
+    assert np.isnan(warp.image[3, 4:7]).all()
+    assert not np.isinf(warp.variance).any()
+
+
+def test_an_all_masked_file_is_kept_without_good_pixels(accepted: Path) -> None:
+    warp = stored(accepted, instrument="DeepPriorSim", visit=3001, skymap="deepprior_sim", tract=9, patch=0)
+    assert warp.mask.get("BAD").all()
+    assert not warp.observation(["BAD"]).good.any()
+
+
+def test_psf_stamps_of_cells_and_noise_are_kept(accepted: Path, warp_files: list[Path]) -> None:
+    file = full_coverage(warp_files[3:6])
+    visit = fits.getval(file, "VISIT")
+    warp = stored(accepted, instrument="DeepPriorSim", visit=visit, skymap="deepprior_sim", tract=9, patch=0)
+    np.testing.assert_array_equal(warp.has_psf, [[True, True, True], [True, True, False]])
+    stamp = fits.getdata(file, "PSF")[3:-3, 3:-3].astype(float)
+    np.testing.assert_allclose(warp.psf_stamps[1, 0], stamp / stamp.sum(), rtol=1e-6)
+    stamp[4, 4] *= 2.0
+    np.testing.assert_allclose(warp.psf_stamps[0, 1], stamp / stamp.sum(), rtol=1e-6)
+    np.testing.assert_array_equal(warp.noise[0], np.arange(NY * NX).reshape(NY, NX))
+    # Cell (1, 2) has no PSF, so its pixels are not good.
+    np.testing.assert_array_equal(warp.unusable([])[32:, 64:], True)
+    assert not warp.unusable([])[:32].any()
+
+
+def test_content_of_several_patches_and_bands(repo: Path, warp_files: list[Path]) -> None:
+    assert len(refs(repo)) == len(warp_files) == 12
+    for file in warp_files:
+        with fits.open(file) as hdus:
+            primary = hdus["PRIMARY"].header
+            warp = stored(
+                repo,
+                instrument=primary["INSTRUME"],
+                visit=primary["VISIT"],
+                skymap=primary["SKYMAP"],
+                tract=primary["TRACT"],
+                patch=primary["PATCH"],
+            )
+            np.testing.assert_array_equal(warp.image, hdus["IMAGE"].data)
+            np.testing.assert_array_equal(warp.variance, hdus["VARIANCE"].data)
+            for plane in ("BAD", "SAT", "CR", "NO_DATA"):
+                expected = (hdus["MASK"].data >> hdus["MASK"].header[f"MP_{plane}"]) & 1
+                np.testing.assert_array_equal(warp.mask.get(plane), expected)
+            start = (-hdus["IMAGE"].header["LTV2"], -hdus["IMAGE"].header["LTV1"])
+            assert warp.bbox == Box.from_shape(hdus["IMAGE"].shape, start=start)
+            assert warp.patch.cells.bbox.start == (14200, 15600 + 96 * primary["PATCH"])
+            assert tuple(warp.patch.cells.cell_shape) == (32, 32)
+            assert (warp.band, warp.physical_filter) == (primary["BAND"], primary["FILTER"])
+
+
+def test_dimension_records(repo: Path) -> None:
+    with Butler.from_config(str(repo)) as butler:
+        (skymap,) = butler.query_dimension_records("skymap")
+        (tract,) = butler.query_dimension_records("tract")
+        patches = butler.query_dimension_records("patch", order_by="patch")
+        visits = butler.query_dimension_records("visit", order_by="visit")
+        filters = butler.query_dimension_records("physical_filter")
+        warp = Warp.from_cell_coadd(butler.get(refs(repo)[0]))
+    # A saved quantum graph accepts no NULL in any of these.
+    assert skymap.name == "deepprior_sim"
+    assert len(skymap.hash) == 20
+    assert [(patch.cell_y, patch.cell_x) for patch in patches] == [(14200 // 64, 162), (14200 // 64, 163)]
+    assert [(visit.id, visit.name) for visit in visits] == [
+        (number, str(number)) for band in (3000, 4000) for number in range(band, band + 3)
+    ]
+    assert visits[0].physical_filter == "r_sim"
+    assert visits[0].exposure_time == 30.0
+    assert visits[0].timespan.begin.tai.mjd == pytest.approx(61041.22 - 15.0 / 86400.0, abs=1e-7)
+    assert visits[0].day_obs == 20251231
+    assert {record.name: record.band for record in filters} == {"r_sim": "r", "i_sim": "i"}
+
+    inside, outside = [15600.0, 15695.0], [15599.0, 15696.0]
+    assert all(patches[0].region.contains(on_sky(warp, x, 14263.0)) for x in inside)
+    assert not any(patches[0].region.contains(on_sky(warp, x, 14263.0)) for x in outside)
+    assert all(tract.region.contains(on_sky(warp, x, 14263.0)) for x in (15600.0, 15791.0))
+    assert not any(tract.region.contains(on_sky(warp, 15700.0, y)) for y in (14199.0, 14264.0))
+
+
+def test_a_second_run_skips_and_more_files_are_added(warp_files: list[Path], tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    assert "3 warps of 1 patches ingested" in ingest(repo, *warp_files[:3]).output
+    first = {ref.id for ref in refs(repo)}
+    result = ingest(repo, *warp_files[:3])
+    assert result.exit_code == 0
+    assert "0 warps of 1 patches ingested" in result.output
+    assert "3 were there already" in result.output
+    assert {ref.id for ref in refs(repo)} == first
+    result = ingest(repo, *warp_files)
+    assert "9 warps of 2 patches ingested" in result.output
+    assert "3 were there already" in result.output
+    assert len(refs(repo)) == 12
+    # The visits of the first call have grown into the second patch.
+    with Butler.from_config(str(repo)) as butler:
+        (visit,) = butler.query_dimension_records("visit", visit=3001, instrument="DeepPriorSim")
+        warps = [Warp.from_cell_coadd(butler.get(ref)) for ref in refs(repo) if ref.dataId["visit"] == 3001]
+        assert {warp.patch.id for warp in warps} == {0, 1}
+        for warp in warps:
+            assert visit.region.contains(on_sky(warp, warp.bbox.x.center, warp.bbox.y.center))
+        (tract,) = butler.query_dimension_records("tract")
+        assert all(tract.region.contains(p.region) for p in butler.query_dimension_records("patch"))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        data("IMAGE", lambda a: a + (a == a[1, 2])),
+        data("VARIANCE", lambda a: a * 1.0001),
+        data("MASK", lambda a: a ^ 1),
+        data("PSF", lambda a: with_corner(a, 0.001)),
+        added("NOISE", np.zeros((NY, NX))),
+    ],
+)
+def test_other_content_for_a_stored_visit_is_refused(
+    edit: Callable[[fits.HDUList], object], warp_files: list[Path], tmp_path: Path
+) -> None:
+    source = full_coverage(warp_files[:3])
+    repo = tmp_path / "repo"
+    assert ingest(repo, source).exit_code == 0
+    bad = edited(source, tmp_path / "bad.fits", edit)
+    message = one_line(ingest(repo, bad, warp_files[3]))
+    assert str(bad) in message
+    assert "holds another warp of DeepPriorSim visit" in message
+    assert len(refs(repo)) == 1
+    # Into another collection it may go.
+    assert ingest(repo, bad, options=("--run", "u/someone/warps")).exit_code == 0
+    assert len(refs(repo, "u/someone/warps")) == 1
+
+
+def bare(
+    target: Path, visit: int, x0: int | None, y0: int | None, shape: tuple[int, int], **cards: object
+) -> Path:
+    """Write a file with the keywords that must be there, and none else."""
+    primary = fits.PrimaryHDU()
+    primary.header.update(INSTRUME="Cam", VISIT=visit, BAND="i", FILTER="i one", **cards)
+    image_header = fits.Header()
+    image_header.update(
+        CTYPE1="RA---TAN", CTYPE2="DEC--TAN", CRVAL1=30.0, CRVAL2=-20.0, CD1_1=-7e-5, CD2_2=7e-5, BUNIT="nJy"
+    )
+    image_header["CRPIX1"] = 101.0 - (x0 or 0)
+    image_header["CRPIX2"] = 201.0 - (y0 or 0)
+    if x0 is not None:
+        image_header["LTV1"] = -x0
+    if y0 is not None:
+        image_header["LTV2"] = -y0
+    psf = np.zeros((5, 5), dtype=np.float32)
+    psf[1:4, 1:4] = 7.0
+    pixels = np.full(shape, float(visit), dtype=np.float32)
+    fits.HDUList(
+        [
+            primary,
+            fits.ImageHDU(pixels, image_header, name="IMAGE"),
+            fits.ImageHDU(np.zeros(shape, dtype=np.int32), name="MASK"),
+            fits.ImageHDU(np.ones(shape, dtype=np.float32), name="VARIANCE"),
+            fits.ImageHDU(psf, name="PSF"),
+        ]
+    ).writeto(target)
+    return target
+
+
+def test_defaults_of_files_with_no_more_than_they_must_have(tmp_path: Path) -> None:
+    files = [
+        bare(tmp_path / "a.fits", 1, None, None, (120, 130)),
+        bare(tmp_path / "b.fits", 2, -20, 10, (150, 40)),
+        bare(tmp_path / "c.fits", 3, 100, 100, (30, 60)),
+    ]
+    repo = tmp_path / "repo"
+    assert ingest(repo, *files).exit_code == 0
+    boxes = {1: Box.factory[0:120, 0:130], 2: Box.factory[10:160, -20:20], 3: Box.factory[100:130, 100:160]}
+    for visit, box in boxes.items():
+        warp = stored(repo, instrument="Cam", visit=visit, skymap="deepprior", tract=0, patch=0)
+        assert warp.bbox == box
+        assert np.all(warp.image == visit)
+        # The union box from (0, -20) to (160, 160) is cut into cells of 150 pixels.
+        assert warp.patch.cells.bbox == Box.factory[0:300, -20:280]
+        assert tuple(warp.patch.cells.cell_shape) == (150, 150)
+        assert warp.patch.inner_bbox == warp.patch.outer_bbox
+        assert warp.day_obs == 19700101
+        np.testing.assert_allclose(warp.psf_stamps[warp.has_psf].sum(axis=(1, 2)), 1.0)
+    # Only the cells that a file reaches have a PSF.
+    np.testing.assert_array_equal(warp.has_psf, [[True, True], [False, False]])
+    sky = warp.sky_projection.pixel_to_sky(x=100.0, y=200.0)
+    assert (sky.ra.deg, sky.dec.deg) == pytest.approx((30.0, -20.0), abs=1e-10)
+    # The grid of the patch is now settled: what lies on it may be added, what leaves it may not.
+    assert ingest(repo, bare(tmp_path / "d.fits", 4, 270, 290, (10, 10))).exit_code == 0
+    bad = bare(tmp_path / "e.fits", 5, 270, 290, (11, 10))
+    message = one_line(ingest(repo, bad))
+    assert str(bad) in message
+    assert "leave patch 0 of tract 0 in skymap deepprior" in message
+    assert len(refs(repo)) == 4
+
+
+def test_grid_of_a_stored_tract_binds_its_other_patches(tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    assert ingest(repo, bare(tmp_path / "a.fits", 1, 0, 0, (20, 30), PATCH=4)).exit_code == 0
+    bad = edited(
+        bare(tmp_path / "b.fits", 2, 500, 0, (20, 30), PATCH=5),
+        tmp_path / "bad.fits",
+        header("IMAGE", CRVAL2=-20.0001),
+    )
+    assert "pixel grid" in one_line(ingest(repo, bad))
+    assert ingest(repo, tmp_path / "b.fits").exit_code == 0
+    # Another skymap is another sky.
+    assert ingest(repo, bad, options=("--skymap", "elsewhere")).exit_code == 0
+    grids = {
+        ref.dataId["patch"]: stored(repo, **ref.dataId.required).patch.cells.bbox.start
+        for ref in refs(repo)
+        if ref.dataId["skymap"] == "deepprior"
+    }
+    assert grids == {4: (0, 0), 5: (0, 500)}
+
+
+def test_files_without_cell_grid_take_that_of_their_neighbours(tmp_path: Path) -> None:
+    grid = {"CELLSZ": 20, "PATX0": -10, "PATY0": 0, "PATNX": 50, "PATNY": 40}
+    files = [
+        bare(tmp_path / "a.fits", 1, 0, 0, (20, 30)),
+        bare(tmp_path / "b.fits", 2, 5, 10, (20, 30), **grid),
+    ]
+    repo = tmp_path / "repo"
+    assert ingest(repo, *files).exit_code == 0
+    for visit in (1, 2):
+        warp = stored(repo, instrument="Cam", visit=visit, skymap="deepprior", tract=0, patch=0)
+        # 50 columns are two and a half cells.
+        assert warp.patch.cells.bbox == Box.factory[0:40, -10:50]
+
+
+def test_two_instruments_may_use_the_same_visit_number(tmp_path: Path) -> None:
+    files = [
+        bare(tmp_path / "a.fits", 1, 0, 0, (20, 30)),
+        edited(
+            bare(tmp_path / "b.fits", 1, 0, 0, (20, 30)),
+            tmp_path / "c.fits",
+            header("PRIMARY", INSTRUME="OtherCam"),
+        ),
+    ]
+    repo = tmp_path / "repo"
+    assert ingest(repo, *files).exit_code == 0
+    assert {ref.dataId["instrument"] for ref in refs(repo)} == {"Cam", "OtherCam"}
+
+
+def test_places_that_cannot_hold_a_repository(warp_files: list[Path], tmp_path: Path) -> None:
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.tex").write_text("Important.")
+    regular_file = tmp_path / "file"
+    regular_file.write_text("A file.")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "butler.yaml").write_text("datastore: [")
+    for repo, reason in (
+        (occupied, "is not a Butler repository"),
+        (regular_file, "is not a Butler repository"),
+        (regular_file / "repo", "cannot be"),
+        (Path("/proc/repo"), "cannot be"),
+        (damaged, "cannot be opened as a Butler repository"),
+    ):
+        message = one_line(ingest(repo, warp_files[0]))
+        assert str(repo) in message
+        assert reason in message
+    assert [path.name for path in occupied.iterdir()] == ["thesis.tex"]
+    assert regular_file.read_text() == "A file."
+
+
+def test_a_repository_that_cannot_be_written(warp_files: list[Path], tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    assert ingest(repo, warp_files[0]).exit_code == 0
+    # What stands where the next dataset is to go cannot be overwritten, whoever runs the test.
+    night = read_warp_file(warp_files[1]).header.day_obs
+    (repo / DEFAULT_RUN / DATASET_TYPE / "9" / "0" / str(night)).write_text("in the way")
+    message = one_line(ingest(repo, warp_files[1]))
+    assert str(repo) in message
+    assert "cannot be read and written" in message
+    assert len(refs(repo)) == 1
+
+
+def test_a_dataset_type_or_collection_of_another_kind(warp_files: list[Path], tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    assert ingest(repo, warp_files[0]).exit_code == 0
+    with Butler.from_config(str(repo), writeable=True) as butler:
+        butler.registry.registerCollection("a/tag")
+    message = one_line(ingest(repo, warp_files[1], options=("--run", "a/tag")))
+    assert "a/tag" in message
+    assert len(refs(repo)) == 1
+
+
+def test_the_installed_command(warp_files: list[Path], tmp_path: Path) -> None:
+    def run(*files: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lsst.coadd.deepprior.cli", "ingest", str(tmp_path / "repo")]
+        return subprocess.run([*command, *map(str, files)], capture_output=True, text=True, check=False)
+
+    bad = edited(warp_files[1], tmp_path / "bad.fits", without("PRIMARY", "VISIT"))
+    result = run(warp_files[0], bad)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1] == (
+        f"Error: {bad}: the keyword VISIT is missing from the primary header."
+    )
+    assert not (tmp_path / "repo").exists()
+    result = run(warp_files[0], warp_files[2])
+    assert result.returncode == 0, result.stderr
+    assert "2 warps of 1 patches ingested into deepprior/warps" in result.stdout
+    assert "writing: 2 of 2 files" in result.stderr
+    assert len(refs(tmp_path / "repo")) == 2
+
+
+def test_a_file_of_another_psf_size_may_join(warp_files: list[Path], tmp_path: Path) -> None:
+    other = write_scene(
+        tmp_path / "other",
+        SceneConfig(seed=6, n_cells=(2, 3), cell_shape=(32, 32), n_visits=4, psf_size=11),
+        ["z"],
+    )
+    repo = tmp_path / "repo"
+    assert ingest(repo, warp_files[0], *other).exit_code == 0
+    sizes = {stored(repo, **ref.dataId.required).psf_stamps.shape[-1] for ref in refs(repo)}
+    assert sizes == {11, 15}

@@ -1,0 +1,246 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Sources measured on analytic scenes: the carried model of a Gaussian star is known without our code."""
+
+from __future__ import annotations
+
+import astropy.units as u
+import numpy as np
+import pytest
+
+from lsst.coadd.deepprior.deblend import DetectionSettings
+from lsst.coadd.deepprior.measure import MeasureInputs, measure_sources
+from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA, gaussian_stamp
+
+TARGET = 0.9  # sigma of the target PSF, pixels
+NOISE = 10.0  # rms of the noise of the coadd, nJy
+ORIGIN = (900, 2400)
+
+
+def render(shape, x, y, flux, sigma):
+    """Draw Gaussian stars at array positions; sigma may be an image."""
+    image = np.zeros(shape)
+    grid_y, grid_x = np.indices(shape, dtype=float)
+    sigma = np.broadcast_to(sigma, shape)
+    for x0, y0, f in zip(x, y, flux, strict=True):
+        cut = (
+            slice(max(int(y0) - 20, 0), int(y0) + 21),
+            slice(max(int(x0) - 20, 0), int(x0) + 21),
+        )
+        square = (grid_x[cut] - x0) ** 2 + (grid_y[cut] - y0) ** 2
+        image[cut] += f * np.exp(-0.5 * square / sigma[cut] ** 2) / (2 * np.pi * sigma[cut] ** 2)
+    return image
+
+
+def make_inputs(shape, cells, x, y, flux, *, factor=1.0, shift=0.0, sigmas=None, seed=1, **planes):
+    """Make a scene whose model holds ``factor`` of the flux, displaced by ``shift`` pixels in x."""
+    sigmas = np.full(cells, 2.0) if sigmas is None else np.asarray(sigmas)
+    sigma = np.repeat(np.repeat(sigmas, shape[0] // cells[0], axis=0), shape[1] // cells[1], axis=1)
+    factor = np.broadcast_to(factor, np.shape(flux))
+    x, y, flux = (np.asarray(a, dtype=float) for a in (x, y, flux))
+    noise = np.random.default_rng(seed).normal(0.0, NOISE, shape)
+    carried = render(shape, x + shift, y, factor * flux, sigma)
+    return MeasureInputs(
+        model=render(shape, x + shift, y, factor * flux, TARGET),
+        target_sigma=TARGET,
+        residual=render(shape, x, y, flux, sigma) + noise - carried,
+        variance=np.full(shape, NOISE**2),
+        psf=np.array([[gaussian_stamp(s, 33) for s in row] for row in sigmas]),
+        planes=planes,
+        origin=ORIGIN,
+        inner=(slice(ORIGIN[0] + 20, ORIGIN[0] + shape[0]), slice(ORIGIN[1], ORIGIN[1] + shape[1] - 30)),
+    )
+
+
+def pixel_to_sky(x, y):
+    return 150.0 + x * 1e-4, 2.0 + y * 1e-4
+
+
+def measure(inputs, **settings):
+    return measure_sources(inputs, pixel_to_sky, DetectionSettings(**settings))
+
+
+def match(table, x, y, radius=1.5):
+    """Return the row of each true position, or fail."""
+    dx = np.asarray(table["x"])[None, :] - ORIGIN[1] - np.asarray(x)[:, None]
+    dy = np.asarray(table["y"])[None, :] - ORIGIN[0] - np.asarray(y)[:, None]
+    distance = np.hypot(dx, dy)
+    assert distance.min(axis=1).max() < radius
+    return table[distance.argmin(axis=1)]
+
+
+def robust_std(values):
+    return 1.4826 * np.median(np.abs(values - np.median(values)))
+
+
+def star_grid(shape, step, rng):
+    """Positions with random sub-pixel phases that do not overlap."""
+    y, x = np.mgrid[step : shape[0] - step // 2 : step, step : shape[1] - step // 2 : step]
+    return (c.ravel() + rng.uniform(-2.0, 2.0, c.size) for c in (x, y))
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(1.0, 0.0), (0.8, 0.0), (1.2, 0.1)])
+def test_pulls_whatever_the_prior_did(factor, shift):
+    """Fluxes, positions and errors are right when the model has eaten, added or displaced flux."""
+    shape, cells = (480, 520), (3, 2)
+    rng = np.random.default_rng(7)
+    x, y = star_grid(shape, 22, rng)
+    assert len(x) > 400
+    point_error = NOISE * np.sqrt(4 * np.pi) * 2.0
+    flux = point_error * 10 ** rng.uniform(1.0, 2.5, len(x))  # S/N from 10 to 300
+    sigmas = [[2.0, 2.1], [1.9, 2.0], [2.2, 2.0]]
+    table = measure(make_inputs(shape, cells, x, y, flux, factor=factor, shift=shift, sigmas=sigmas))
+    found = match(table, x, y)
+    assert len(table) == len(x)
+    for name in ("flux", "psf_flux"):
+        pull = (found[name] - flux) / found[f"{name}_err"]
+        assert 0.9 < robust_std(pull) < 1.15, name
+        assert abs(np.median(pull)) < 0.25, name
+    np.testing.assert_allclose(np.median(found["flux_err"]), point_error, rtol=0.1)
+    for name, true in (("x", x + ORIGIN[1]), ("y", y + ORIGIN[0])):
+        pull = (found[name] - true) / found[f"{name}_err"]
+        assert 0.9 < robust_std(pull) < 1.15, name
+        assert abs(np.median(pull)) < 0.25, name
+    enclosed = 1.0 - np.exp(-0.5 * FWHM_PER_SIGMA**2)
+    pull = (found["ap1_flux"] - enclosed * flux) / found["ap1_flux_err"]
+    assert 0.9 < robust_std(pull) < 1.15
+    np.testing.assert_allclose(np.sqrt(found["ixx"]), TARGET, rtol=0.05)
+    np.testing.assert_allclose(np.sqrt(found["iyy"]), TARGET, rtol=0.05)
+    np.testing.assert_allclose(found["ixy"], 0.0, atol=0.05)
+
+
+def test_blends_share_the_light():
+    """Pairs at 1.2 FWHM of the coadd, one up to three times the other, of which the model holds 80 %."""
+    shape, cells = (330, 400), (2, 2)
+    rng = np.random.default_rng(11)
+    x, y = star_grid(shape, 40, rng)
+    angle = rng.uniform(0.0, 2.0 * np.pi, len(x))
+    separation = 1.2 * 2.0 * FWHM_PER_SIGMA
+    x = np.concatenate([x, x + separation * np.cos(angle)])
+    y = np.concatenate([y, y + separation * np.sin(angle)])
+    n = len(angle)
+    bright = rng.uniform(40.0, 100.0, n) * NOISE * np.sqrt(4 * np.pi) * 2.0
+    flux = np.concatenate([bright, bright / rng.uniform(1.0, 3.0, n)])
+    found = match(measure(make_inputs(shape, cells, x, y, flux, factor=0.8)), x, y)
+    assert found["flag_blended"].all()
+    assert len(set(found["id"])) == 2 * n
+    assert abs(np.median(found["flux"] / flux) - 1.0) < 0.01
+    pull = (found["flux"] - flux) / found["flux_err"]
+    assert 0.85 < robust_std(pull) < 1.25
+
+
+def test_centroid_that_the_prior_pulled_is_put_right():
+    x, y = [30.3, 60.0], [41.2, 99.6]
+    table = measure(make_inputs((130, 90), (1, 1), x, y, [4e4, 3e4], factor=0.8, shift=0.3))
+    found = match(table, x, y)
+    assert len(table) == 2
+    assert np.all(np.abs(found["x"] - ORIGIN[1] - x) < 4.0 * found["x_err"])
+    assert np.all(found["x_err"] < 0.02)
+
+
+def test_missed_source_is_found_in_the_residual():
+    inputs = make_inputs((130, 90), (1, 1), [30.3, 60.0], [41.2, 99.6], [5000.0, 3000.0], factor=[1.0, 0.0])
+    table = measure(inputs)
+    assert list(table["flag_residual_only"]) == [False, True]
+    np.testing.assert_allclose(table["x"] - ORIGIN[1], [30.3, 60.0], atol=0.4)
+    np.testing.assert_allclose(table["y"] - ORIGIN[0], [41.2, 99.6], atol=0.4)
+    assert abs(table["flux"][1] - 3000.0) < 4.0 * table["flux_err"][1]
+
+
+def test_what_only_the_model_holds_is_no_source():
+    """A star that the prior invented is cancelled by the residual."""
+    x, y, flux = np.array([30.3, 60.0]), np.array([41.2, 99.6]), np.array([5000.0, 3000.0])
+    real = make_inputs((130, 90), (1, 1), x, y, flux)
+    fake = make_inputs((130, 90), (1, 1), x[:1], y[:1], flux[:1])
+    model = real.model
+    inputs = MeasureInputs(
+        model=model,
+        target_sigma=TARGET,
+        residual=fake.residual - render((130, 90), x[1:], y[1:], flux[1:], 2.0),
+        variance=fake.variance,
+        psf=fake.psf,
+        planes={},
+        origin=ORIGIN,
+        inner=fake.inner,
+    )
+    assert len(measure(inputs)) == 1
+    empty = make_inputs((130, 90), (1, 1), [], [], [])
+    assert len(measure(empty)) == 0
+    np.testing.assert_array_equal(measure(empty).colnames, measure(inputs).colnames)
+
+
+def test_pieces_that_the_data_cannot_tell_apart_are_one_source():
+    """Two peaks of the model, each below the threshold, together above it: one source with all the flux."""
+    error = NOISE * np.sqrt(4 * np.pi) * 2.0
+    flux = np.full(2, 6.0 * error)
+    inputs = make_inputs((110, 130), (1, 1), [60.0, 64.0], [50.0, 50.0], flux)
+    table = measure(inputs)
+    assert len(table) == 1
+    assert abs(table["flux"][0] - flux.sum()) < 3.0 * table["flux_err"][0]
+
+
+def test_flags():
+    shape = (150, 240)
+    saturated, clipped, prior = np.zeros((3, *shape), dtype=bool)
+    x = [2.0, 60.0, 95.0, 140.0, 180.0, 210.0]
+    y = [75.0, 40.0, 110.0, 40.0, 110.0, 60.0]
+    saturated[40, 60], clipped[110, 95], prior[36:45, 136:145] = True, True, True
+    inputs = make_inputs(
+        shape, (1, 2), x, y, [2e4] * 6, SAT=saturated, CLIPPED=clipped, PRIOR_CARRIED=prior, UNKNOWN=prior
+    )
+    inputs.residual[109, 181] = np.nan
+    inputs.variance[60, 210] = 0.0
+    found = match(measure(inputs), x, y, radius=3.0)
+    for name, expected in {
+        "flag_edge": [1, 0, 0, 0, 0, 0],
+        "flag_saturated": [0, 1, 0, 0, 0, 0],
+        "flag_clipped": [0, 0, 1, 0, 0, 0],
+        "flag_prior_carried": [0, 0, 0, 1, 0, 0],
+        "flag_no_data": [0, 0, 0, 0, 1, 1],
+        "flag_residual_only": [0] * 6,
+        "is_patch_inner": [1, 1, 1, 1, 1, 0],
+    }.items():
+        np.testing.assert_array_equal(found[name], np.array(expected, dtype=bool), name)
+    whole = found[1:]
+    assert np.all(np.abs(whole["flux"] - 2e4) < 4.0 * whole["flux_err"])
+
+
+def test_missing_cell():
+    """A cell without data neither yields sources nor disturbs those beside it."""
+    x, y, flux = [25.0, 58.5, 100.0], [30.0, 40.0, 50.0], [2e4, 2e4, 2e4]
+    inputs = make_inputs((90, 120), (1, 2), x, y, flux)
+    inputs.psf[0, 1] = np.nan
+    for image in (inputs.model, inputs.residual, inputs.variance):
+        image[:, 60:] = np.nan
+    table = measure(inputs)
+    found = match(table, x[:2], y[:2])
+    assert len(table) == 2
+    assert np.all(np.abs(found["flux"][:1] - flux[:1]) < 4.0 * found["flux_err"][:1])
+    assert list(found["flag_no_data"]) == [False, True]
+
+
+def test_table_is_documented():
+    x, y = [30.3, 60.0, 80.2], [41.2, 99.6, 20.0]
+    table = measure(make_inputs((130, 90), (1, 1), x, y, [5000.0, 9000.0, 7000.0]))
+    assert all(column.description for column in table.itercols())
+    assert table["flux"].unit == u.nJy
+    assert table["x"].unit == u.pix
+    assert table["ixx"].unit == u.pix**2
+    assert table["ra"].unit == u.deg
+    assert list(table["id"]) == [1, 2, 3]
+    assert np.all(np.diff(table["flux"]) < 0)
+    np.testing.assert_allclose(table["ra"], 150.0 + table["x"] * 1e-4)
+    np.testing.assert_allclose(table["dec"], 2.0 + table["y"] * 1e-4)
+    np.testing.assert_allclose(table["coadd_fwhm"], 2.0 * FWHM_PER_SIGMA, rtol=1e-3)
+
+
+def test_shapes_must_fit():
+    inputs = make_inputs((130, 90), (1, 1), [30.0], [40.0], [5000.0])
+    values = {name: getattr(inputs, name) for name in inputs.__dataclass_fields__}
+    with pytest.raises(ValueError, match=r"residual image is \(129, 90\) and the model \(130, 90\)"):
+        MeasureInputs(**(values | {"residual": inputs.residual[1:]}))
+    with pytest.raises(ValueError, match="equal cells"):
+        MeasureInputs(**(values | {"psf": np.zeros((4, 1, 5, 5))}))

@@ -1,0 +1,174 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from toy import gaussian_stars, observe
+
+from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
+from lsst.coadd.deepprior.noise import NoisyModel, coadd_layers, entering_visits, local_variance
+from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp, inner_sigma
+from lsst.coadd.deepprior.statistics import PatchData
+
+LAYOUT = CellLayout(2, 3, 30, 26)
+SIGMA = 0.9
+STARS = [(20.2, 15.7, 4000.0), (55.0, 40.4, 2000.0)]
+
+
+def everything(data: PatchData) -> torch.Tensor:
+    return torch.ones(1, len(data), dtype=torch.bool)
+
+
+def true_latent(data: PatchData) -> torch.Tensor:
+    """Return stars as Gaussians of sigma (g^2 - r^2)^(1/2), so that r * u has the PSF g."""
+    latent = torch.zeros(data.shape, dtype=data.dtype)
+    latent[8:-8, 8:-8] = torch.as_tensor(
+        gaussian_stars(LAYOUT.shape, STARS, np.sqrt(SIGMA**2 - inner_sigma(SIGMA) ** 2))
+    )
+    return latent
+
+
+def test_maximum_likelihood_makes_stars_the_target_at_every_phase() -> None:
+    """Noiseless stars at 5x5 sub-pixel phases come out with the size, flux and position of g."""
+    layout = CellLayout(1, 1, 128, 130)
+    stars = [(14.0 + 25.2 * i, 13.0 + 25.2 * j, 1e4) for i in range(5) for j in range(5)]
+    visits = observe(layout, stars, [1.5, 1.8, 2.1, 1.6], noiseless=True, noise=0.1)
+    data = PatchData(visits, layout, SIGMA, margin=8)
+    latent = maximum_likelihood(data, everything(data)).latent
+    assert float(latent.min()) >= 0.0
+    image = inner_smooth(latent, SIGMA)[0, 8:-8, 8:-8].numpy()
+    advertised = fit_star(gaussian_stamp(SIGMA, 25), radius=4).sigma
+    for x, y, flux in stars:
+        fit = fit_star(image, x=x, y=y, radius=4)
+        assert fit.sigma == pytest.approx(advertised, rel=2e-3)
+        assert fit.flux == pytest.approx(flux, rel=2e-3)
+        assert (fit.x, fit.y) == pytest.approx((x, y), abs=2e-3)
+
+
+def test_objective_falls_and_outliers_do_not_enter() -> None:
+    visits = observe(LAYOUT, STARS, [1.5, 1.8, 2.1, 1.6], seed=1)
+    visits[0].flux[44:46, 8:24] += 500.0
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    objectives: list[float] = []
+    solution = maximum_likelihood(
+        data, everything(data), steps=120, progress=lambda step, n_steps, value: objectives.append(value)
+    )
+    after_last_annealing = objectives[4:] + [float(solution.statistics.objective[0])]
+    assert all(
+        b <= a * (1 + 1e-4) for a, b in zip(after_last_annealing, after_last_annealing[1:], strict=False)
+    )
+    trail = inner_smooth(solution.latent, SIGMA)[0, 8 + 44 : 8 + 46, 8 + 8 : 8 + 24]
+    assert float(trail.mean()) < 3.0
+
+
+def test_layers_of_a_perfect_model() -> None:
+    """With the true model the residual is noise, the coadd is model plus residual, and the PSF is the
+    weighted mean."""
+    visits = observe(LAYOUT, STARS, [1.5, 2.0, 1.8], seed=5, masked_fraction=0.05)
+    visits[1] = dataclasses.replace(visits[1], variance=visits[1].variance * 4)
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    layers = coadd_layers(data, true_latent(data), [v.psf for v in visits])
+    weights = np.array([1.0, 0.25, 1.0])
+    good = np.array([v.good for v in visits])
+    flux = np.array([np.where(v.good, v.flux, 0.0) for v in visits])
+    accepted = good.sum(axis=0) == layers.n_visits
+    total = (weights[:, None, None] * good).sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        expected = (weights[:, None, None] * flux).sum(axis=0) / total
+    np.testing.assert_allclose(layers.coadd[accepted], expected[accepted], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        layers.variance[accepted & (layers.n_visits == 3)], (1 + 4 / 16 + 1) / 2.25**2, rtol=1e-5
+    )
+    mean_psf = sum(w * v.psf for w, v in zip(weights, visits, strict=True)) / weights.sum()
+    np.testing.assert_allclose(layers.psf, mean_psf, atol=1e-12)
+    assert np.nanmean(layers.residual) == pytest.approx(0.0, abs=0.03)
+    np.testing.assert_array_equal(layers.masked, layers.n_visits < 3)
+    # Visit 1 has a quarter of the variance that it claims.
+    assert layers.chi2 == pytest.approx((1 + 0.25 + 1) / 3, rel=0.05)
+
+
+def test_outlier_is_clipped_from_both_coadds_and_flagged() -> None:
+    visits = observe(LAYOUT, STARS, [1.5, 2.0, 1.8, 1.6], seed=6)
+    visits[2].flux[50, 10:20] += 300.0
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    latent = maximum_likelihood(data, everything(data)).latent[0]
+    layers = coadd_layers(data, latent, [v.psf for v in visits])
+    assert layers.clipped[50, 10:20].all()
+    assert layers.clipped.mean() < 0.01
+    assert (layers.n_visits[50, 10:20] == 3).all()
+    assert np.abs(layers.coadd[50, 10:20]).max() < 5.0
+
+
+def test_what_most_visits_say_is_no_outlier() -> None:
+    """Where the model is wrong in all visits nothing is rejected: the residual shows it."""
+    visits = observe(LAYOUT, STARS, [1.5, 2.0, 1.8, 1.6], seed=6)
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    layers = coadd_layers(data, torch.zeros(data.shape), [v.psf for v in visits])
+    core = (slice(14, 18), slice(18, 23))
+    assert not layers.clipped[core].any()
+    assert (layers.n_visits[core] == 4).all()
+    assert layers.residual[16, 20] > 100.0
+
+
+def test_a_visit_that_ends_inside_a_cell_does_not_enter_it() -> None:
+    visits = observe(LAYOUT, STARS, [1.5, 2.0, 1.8], seed=7)
+    part = visits[1]
+    visits[1] = dataclasses.replace(
+        part,
+        flux=part.flux[:40, 10:],
+        variance=part.variance[:40, 10:],
+        good=part.good[:40, 10:],
+        origin=(0, 10),
+    )
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    np.testing.assert_array_equal(entering_visits(data)[1], [[False, True, True], [False, False, False]])
+    latent = maximum_likelihood(data, everything(data), steps=20).latent[0]
+    layers = coadd_layers(data, latent, [v.psf for v in visits])
+    assert set(np.unique(layers.n_visits[:30, 26:])) <= {2, 3}
+    assert layers.n_visits[30:, :].max() == 2
+    np.testing.assert_allclose(layers.psf[1, 0], (visits[0].psf[0, 0] + visits[2].psf[0, 0]) / 2, atol=1e-12)
+
+
+def test_cells_without_any_visit_are_nan() -> None:
+    visits = observe(LAYOUT, STARS, [1.5, 2.0], seed=8)
+    for visit in visits:
+        visit.good[30:, :26] = False
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    layers = coadd_layers(
+        data, maximum_likelihood(data, everything(data), steps=20).latent[0], [v.psf for v in visits]
+    )
+    assert np.isnan(layers.psf[1, 0]).all()
+    assert np.isnan(layers.coadd[30:, :26]).all()
+    assert np.isfinite(layers.coadd[:30]).all()
+
+
+def test_noisy_model_has_the_model_and_the_noise_of_the_visits() -> None:
+    visits = observe(LAYOUT, STARS, [1.5, 2.0], seed=9, noise=3.0)
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    truth = true_latent(data)
+    noisy = NoisyModel(visits, data, truth, seed=3)
+    again = noisy[1]
+    np.testing.assert_array_equal(again.flux, noisy[1].flux)
+    assert not np.array_equal(noisy[0].flux, again.flux)
+    prediction = data.visit(1).kernel.forward(truth)[8:-8, 8:-8].numpy()
+    assert np.std(again.flux - prediction) == pytest.approx(3.0, rel=0.05)
+    assert np.mean(again.flux - prediction) == pytest.approx(0.0, abs=0.15)
+
+
+def test_local_variance() -> None:
+    rng = np.random.default_rng(1)
+    sigma = np.where(np.arange(200) < 100, 1.0, 3.0) * np.ones((150, 1))
+    estimate = local_variance([sigma * rng.standard_normal(sigma.shape) for _ in range(4)])
+    assert np.median(estimate[:, :90]) == pytest.approx(1.0, rel=0.05)
+    assert np.median(estimate[:, 110:]) == pytest.approx(9.0, rel=0.05)
+    with pytest.raises(ValueError, match="at least one"):
+        local_variance([])

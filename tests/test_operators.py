@@ -1,0 +1,105 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+from __future__ import annotations
+
+import pytest
+import scipy.signal
+import torch
+
+from lsst.coadd.deepprior.operators import CellConvolution, CellLayout, gram_kernels
+
+# Rows, columns, height, width, margin, kernel size.
+GEOMETRIES = [
+    (3, 2, 20, 31, 6, 7),
+    (1, 1, 17, 40, 5, 9),
+    (2, 3, 9, 8, 16, 11),
+    (2, 2, 10, 12, 0, 5),
+    (1, 4, 7, 9, 3, 1),
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_adjoint(geometry: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    """<K u, y> = <u, K^T y>, also for a batch of operators."""
+    n_i, n_j, height, width, margin, k = geometry
+    generator = torch.Generator().manual_seed(3)
+    layout = CellLayout(n_i, n_j, height, width)
+    operator = CellConvolution(
+        torch.rand(2, n_i, n_j, k, k, generator=generator, dtype=dtype), layout, margin
+    )
+    u = torch.randn(2, *layout.canvas_shape(margin), generator=generator, dtype=dtype)
+    y = torch.randn(2, *layout.canvas_shape(margin), generator=generator, dtype=dtype)
+    forward, adjoint = operator.forward(u), operator.adjoint(y)
+    assert forward.dtype == adjoint.dtype == dtype
+    difference = (forward * y).sum() - (u * adjoint).sum()
+    assert abs(float(difference)) < tolerance * float(forward.norm() * y.norm())
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_equal_kernels_are_a_plain_convolution_without_seams(geometry: tuple[int, ...]) -> None:
+    n_i, n_j, height, width, margin, k = geometry
+    generator = torch.Generator().manual_seed(4)
+    layout = CellLayout(n_i, n_j, height, width)
+    kernel = torch.rand(k, k, generator=generator, dtype=torch.float64)
+    u = torch.randn(layout.canvas_shape(margin), generator=generator, dtype=torch.float64)
+    expected = torch.as_tensor(scipy.signal.convolve2d(u.numpy(), kernel.numpy(), mode="same"))
+    kernels = kernel.repeat(n_i, n_j, 1, 1)
+    torch.testing.assert_close(CellConvolution(kernels, layout, margin).forward(u), expected)
+    # One cell a hair apart keeps the operator from taking the canvas as a single tile.
+    kernels[-1, -1] *= 1.0 + 1e-9
+    torch.testing.assert_close(
+        CellConvolution(kernels, layout, margin).forward(u), expected, rtol=1e-7, atol=1e-7
+    )
+
+
+def test_each_cell_has_its_own_kernel() -> None:
+    """Far from the borders a cell is convolved with its own kernel: rows and columns are not swapped."""
+    layout, margin = CellLayout(2, 3, 30, 24), 4
+    kernels = torch.zeros(2, 3, 5, 5, dtype=torch.float64)
+    for i in range(2):
+        for j in range(3):
+            kernels[i, j, i, j] = 1.0 + i + 10 * j
+    u = torch.zeros(layout.canvas_shape(margin), dtype=torch.float64)
+    result = CellConvolution(kernels, layout, margin)
+    for i in range(2):
+        for j in range(3):
+            y, x = margin + 30 * i + 15, margin + 24 * j + 12
+            u.zero_()
+            u[y, x] = 1.0
+            image = result.forward(u)
+            assert image[y + i - 2, x + j - 2] == pytest.approx(1.0 + i + 10 * j)
+            assert float(image.sum()) == pytest.approx(1.0 + i + 10 * j)
+
+
+def test_select_one_operator_of_a_batch() -> None:
+    layout = CellLayout(2, 1, 9, 14)
+    kernels = torch.rand(3, 2, 1, 5, 5, generator=torch.Generator().manual_seed(5))
+    u = torch.rand(layout.canvas_shape(2), generator=torch.Generator().manual_seed(6))
+    batch = CellConvolution(kernels, layout, 2)
+    torch.testing.assert_close(batch[1].forward(u), CellConvolution(kernels[1], layout, 2).forward(u))
+    torch.testing.assert_close(batch.forward(u)[2], batch[2].forward(u))
+
+
+def test_gram_kernels_are_autocorrelations() -> None:
+    kernel = torch.rand(2, 5, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    for one, gram in zip(kernel, gram_kernels(kernel), strict=True):
+        expected = scipy.signal.correlate2d(one.numpy(), one.numpy(), mode="full")
+        torch.testing.assert_close(gram, torch.as_tensor(expected))
+
+
+def test_bad_input_is_refused() -> None:
+    layout = CellLayout(2, 2, 10, 10)
+    with pytest.raises(ValueError, match="odd-sized"):
+        CellConvolution(torch.ones(2, 2, 4, 4), layout, 2)
+    with pytest.raises(ValueError, match="do not end in"):
+        CellConvolution(torch.ones(2, 3, 5, 5), layout, 2)
+    with pytest.raises(ValueError, match="finite"):
+        CellConvolution(torch.full((2, 2, 5, 5), torch.nan), layout, 2)
+    with pytest.raises(ValueError, match="canvas"):
+        CellConvolution(torch.ones(2, 2, 5, 5), layout, 2).forward(torch.ones(20, 20))
+    with pytest.raises(ValueError, match="at least one"):
+        CellLayout(0, 1, 10, 10)

@@ -1,0 +1,195 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from toy import gaussian_stars, observe
+
+from lsst.coadd.deepprior.baselines import maximum_likelihood
+from lsst.coadd.deepprior.network import FEATURES, Trunk, encoder_features, latent_and_slope
+from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp
+from lsst.coadd.deepprior.restore import RestoreSettings, restore
+from lsst.coadd.deepprior.statistics import NothingToRestoreError, PatchData
+
+LAYOUT = CellLayout(2, 2, 35, 45)
+STARS = [(20.2, 15.7, 8000.0), (60.0, 40.4, 1000.0), (64.5, 40.0, 700.0)]
+QUICK = RestoreSettings(steps=60, base_steps=80, n_splits=6, n_variance_draws=1)
+
+
+@pytest.fixture(scope="module")
+def restored():
+    visits = observe(LAYOUT, STARS, [1.6, 1.8, 2.2, 1.7, 1.9, 2.0], seed=1, masked_fraction=0.02)
+    visits[3].flux[58:60, 10:60] += 60.0
+    return visits, restore(visits, LAYOUT, QUICK)
+
+
+def test_image_is_finite_and_not_negative(restored) -> None:
+    _, result = restored
+    assert result.image.shape == LAYOUT.shape
+    assert np.isfinite(result.image).all()
+    assert result.image.min() >= 0.0
+
+
+def test_bright_star_has_the_advertised_size_and_its_flux(restored) -> None:
+    _, result = restored
+    fit = fit_star(result.image, x=20.2, y=15.7, radius=4)
+    advertised = fit_star(np.pad(result.target_psf, 6), radius=4)
+    assert fit.sigma == pytest.approx(advertised.sigma, rel=0.01)
+    assert fit.flux == pytest.approx(8000.0, rel=0.01)
+    assert np.hypot(fit.e1, fit.e2) < 0.02
+
+
+def test_pair_is_split_that_the_coadd_blends(restored) -> None:
+    """The valley between stars 4.5 pixels apart: none in the coadd, deep in the restored image."""
+    _, result = restored
+    x_line = np.arange(58, 67)
+    assert np.argmax(result.coadd[40, x_line]) < 5
+    restored_line = result.image[40, x_line]
+    assert restored_line[4] < 0.5 * min(restored_line[:3].max(), restored_line[5:8].max())
+
+
+def test_unmasked_trail_leaves_nothing(restored) -> None:
+    visits, result = restored
+    noise = np.sqrt(np.median(result.residual_variance))
+    assert result.image[58:60, 10:60].mean() < 0.3 * noise
+    assert result.clipped[58:60, 10:60].mean() > 0.9
+
+
+def test_sky_is_quieter_than_the_coadd(restored) -> None:
+    _, result = restored
+    blank = gaussian_stars(LAYOUT.shape, STARS, 2.0) < 0.01
+    assert result.image[blank].std() < 0.5 * np.nanstd(result.coadd[blank])
+
+
+def test_model_plus_residual_has_the_flux_of_the_coadd(restored) -> None:
+    _, result = restored
+    box = (slice(2, 32), slice(5, 36))
+    assert np.sum(result.image[box] + result.residual[box]) == pytest.approx(
+        np.sum(result.coadd[box]), rel=5e-3
+    )
+
+
+def test_metrics_and_curves(restored) -> None:
+    _, result = restored
+    assert result.metrics["method"] == "network"
+    assert result.metrics["n_visits"] == 6
+    assert result.metrics["held_out"]["last"] < result.metrics["held_out"]["first"]
+    assert result.curves["fit_step"] == [0.0, 25.0, 50.0, 60.0]
+    assert len(result.curves["base_step"]) == len(result.curves["base_objective"])
+    assert result.metrics["residual"]["chi2_per_pixel"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_same_seed_same_result_other_seed_another() -> None:
+    settings = dataclasses.replace(QUICK, steps=6, base_steps=20)
+    visits = observe(LAYOUT, STARS, [1.6, 1.8, 2.2], seed=2)
+    first, second = (restore(visits, LAYOUT, settings) for _ in range(2))
+    np.testing.assert_array_equal(first.image, second.image)
+    np.testing.assert_array_equal(first.variance, second.variance)
+    other = restore(visits, LAYOUT, dataclasses.replace(settings, seed=9))
+    assert not np.array_equal(first.image, other.image)
+
+
+@pytest.mark.parametrize("n_visits", [1, 2, 3])
+def test_few_visits(n_visits: int) -> None:
+    visits = observe(LAYOUT, STARS, [1.6, 1.8, 2.2][:n_visits], seed=3)
+    result = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=20))
+    assert np.isfinite(result.image).all()
+    assert ("maximum likelihood" in result.metrics["method"]) == (n_visits == 1)
+    assert not result.clipped.any() or n_visits == 3
+    assert fit_star(result.image, x=20.2, y=15.7, radius=4).flux == pytest.approx(8000.0, rel=0.02)
+
+
+def test_gap_keeps_the_model_and_is_flagged() -> None:
+    visits = observe(LAYOUT, STARS, [1.6, 1.8, 2.2], seed=4)
+    for visit in visits:
+        visit.good[14:18, 18:23] = False
+    result = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=10))
+    assert np.isfinite(result.image).all()
+    assert np.isnan(result.variance[14:18, 18:23]).all()
+    assert result.prior_carried[14:18, 18:23].all()
+    assert result.prior_carried.sum() == 20
+
+
+def test_psf_stamps_of_different_sizes() -> None:
+    visits = observe(LAYOUT, STARS, [1.6, 1.8], seed=5, stamp=27)
+    visits += observe(LAYOUT, STARS, [1.7, 2.0], seed=6, stamp=21)
+    result = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=5))
+    assert result.residual_psf.shape == (2, 2, 27, 27)
+    np.testing.assert_allclose(result.residual_psf.sum(axis=(2, 3)), 1.0)
+
+
+def test_prior_and_data_sides_share_no_noise() -> None:
+    """On visits of pure noise with masked pixels, what the encoder reads of A does not covary with the noise
+    of B."""
+    layout = CellLayout(1, 1, 64, 60)
+    covariances = []
+    for seed in range(8):
+        visits = observe(layout, [], [1.6, 1.9, 1.7, 2.0], seed=20 + seed, masked_fraction=0.3)
+        data = PatchData(visits, layout, 0.9)
+        members = torch.tensor([[True, True, False, False]])
+        features = encoder_features(maximum_likelihood(data, members, steps=40))
+        inner = (0, slice(16, -16), slice(16, -16))
+        for channel in range(len(FEATURES)):
+            image = features.channels[0, channel][inner[1:]].numpy()
+            noise = np.where(visits[2].good & visits[3].good, visits[2].flux + visits[3].flux, 0.0) / np.sqrt(
+                2
+            )
+            noise = np.where(np.isfinite(noise), noise, 0.0)
+            covariances.append(np.mean((image - image.mean()) * noise) / image.std())
+    # The standard error of one covariance is 1 / sqrt(64 * 60) = 0.016.
+    assert abs(np.mean(covariances)) < 0.01
+    assert np.max(np.abs(covariances)) < 0.08
+
+
+def test_trunk_takes_any_shape_and_starts_at_the_base() -> None:
+    trunk = Trunk()
+    for shape in ((33, 50), (8, 8), (41, 17)):
+        correction = trunk(torch.randn(2, len(FEATURES), *shape, generator=torch.Generator().manual_seed(1)))
+        assert correction.shape == (2, *shape)
+        assert not bool(correction.any())
+
+
+def test_latent_slope_is_the_derivative() -> None:
+    z = torch.linspace(-11.0, 12.0, 50, dtype=torch.float64, requires_grad=True)
+    noise = torch.full_like(z, 3.0)
+    latent, slope = latent_and_slope(z, noise)
+    (expected,) = torch.autograd.grad(latent.sum(), z)
+    torch.testing.assert_close(slope, expected)
+    assert float(latent.detach().min()) > 0.0
+
+
+def test_bad_input_is_refused() -> None:
+    visits = observe(LAYOUT, STARS, [1.6, 1.8])
+    with pytest.raises(ValueError, match="not sharper"):
+        restore(visits, LAYOUT, RestoreSettings(target_fwhm=6.0))
+    with pytest.raises(ValueError, match="steps"):
+        RestoreSettings(steps=-1)
+    with pytest.raises(ValueError, match="learning_rate"):
+        RestoreSettings(learning_rate=0.0)
+    for visit in visits:
+        visit.psf[...] = np.nan
+    with pytest.raises(NothingToRestoreError, match="PSF"):
+        restore(visits, LAYOUT, QUICK)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees_with_cpu() -> None:
+    visits = observe(LAYOUT, STARS, [1.6, 1.8, 2.2], seed=2)
+    settings = dataclasses.replace(QUICK, steps=5, base_steps=20)
+    cpu, cuda = (restore(visits, LAYOUT, settings, device=device).image for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(cpu, cuda, rtol=1e-2, atol=0.05)
+
+
+def test_target_psf_is_the_advertised_gaussian() -> None:
+    visits = observe(LAYOUT, STARS, [1.6, 1.8, 2.2])
+    result = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=0, base_steps=5, target_fwhm=2.4))
+    np.testing.assert_allclose(result.target_psf, gaussian_stamp(2.4 / 2.3548200450309493))
