@@ -22,7 +22,7 @@ from lsst.coadd.deepprior.ingest import DATASET_TYPE, DEFAULT_RUN
 from lsst.coadd.deepprior.simulate import SceneConfig, write_scene
 from lsst.coadd.deepprior.warp_files import read_warp_file
 from lsst.coadd.deepprior.warps import Warp
-from lsst.daf.butler import Butler, DatasetRef
+from lsst.daf.butler import Butler, DatasetRef, DatasetType
 from lsst.images import Box
 from lsst.sphgeom import LonLat, UnitVector3d
 
@@ -577,6 +577,14 @@ def test_a_dataset_type_or_collection_of_another_kind(warp_files: list[Path], tm
     message = one_line(ingest(repo, warp_files[1], options=("--run", "a/tag")))
     assert "a/tag" in message
     assert len(refs(repo)) == 1
+    taken = tmp_path / "taken"
+    Butler.makeRepo(str(taken))
+    with Butler.from_config(str(taken), writeable=True) as butler:
+        other = DatasetType(DATASET_TYPE, ["visit"], "CellCoadd", universe=butler.dimensions)
+        butler.registry.registerDatasetType(other)
+    message = one_line(ingest(taken, warp_files[0]))
+    assert f"{taken} cannot take warps" in message
+    assert DATASET_TYPE in message
 
 
 def test_the_installed_command(warp_files: list[Path], tmp_path: Path) -> None:

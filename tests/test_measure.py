@@ -150,6 +150,15 @@ def test_missed_source_is_found_in_the_residual():
     assert abs(table["flux"][1] - 3000.0) < 4.0 * table["flux_err"][1]
 
 
+def test_rest_of_a_clipped_trail_is_no_source():
+    """What is left in the residual where a visit was clipped does not enter the catalogue."""
+    clipped = np.zeros((130, 90), dtype=bool)
+    clipped[98:102, 58:62] = True
+    scene = [30.3, 60.0], [41.2, 99.6], [5000.0, 3000.0]
+    table = measure(make_inputs((130, 90), (1, 1), *scene, factor=[1.0, 0.0], CLIPPED=clipped))
+    assert list(table["flag_residual_only"]) == [False]
+
+
 def test_what_only_the_model_holds_is_no_source():
     """A star that the prior invented is cancelled by the residual."""
     x, y, flux = np.array([30.3, 60.0]), np.array([41.2, 99.6]), np.array([5000.0, 3000.0])
@@ -220,6 +229,13 @@ def test_missing_cell():
     assert len(table) == 2
     assert np.all(np.abs(found["flux"][:1] - flux[:1]) < 4.0 * found["flux_err"][:1])
     assert list(found["flag_no_data"]) == [False, True]
+
+
+def test_no_data_gives_an_empty_table():
+    inputs = make_inputs((90, 120), (1, 2), [25.0], [30.0], [2e4])
+    inputs.psf[:] = np.nan
+    inputs.residual[:] = np.nan
+    assert len(measure(inputs)) == 0
 
 
 def test_table_is_documented():

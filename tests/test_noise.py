@@ -13,7 +13,7 @@ import pytest
 import torch
 from toy import gaussian_stars, observe
 
-from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
+from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood, polish_bright
 from lsst.coadd.deepprior.noise import NoisyModel, coadd_layers, entering_visits, local_variance
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp, inner_sigma
@@ -70,6 +70,34 @@ def test_objective_falls_and_outliers_do_not_enter() -> None:
     assert float(trail.mean()) < 3.0
 
 
+def test_polish_brings_saturated_cores_to_the_data() -> None:
+    """Half of the visits are masked in the core of a bright star: its light is that of the others."""
+    stars = [(39.2, 30.3, 3e5)]
+    visits = observe(LAYOUT, stars, [1.5, 1.6, 2.0, 2.1], seed=3)
+    y, x = np.mgrid[: LAYOUT.shape[0], : LAYOUT.shape[1]]
+    core = np.hypot(x - 39.2, y - 30.3) < 4.0
+    for visit in visits[:2]:
+        visit.good[core] = False
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    members = everything(data)
+    latent = maximum_likelihood(data, members).latent
+    polished = polish_bright(data, members, latent)
+    before, after = (
+        fit_star(inner_smooth(u, SIGMA)[0, 8:-8, 8:-8].numpy(), x=39.2, y=30.3, radius=4)
+        for u in (latent, polished)
+    )
+    assert after.flux == pytest.approx(3e5, rel=0.02)
+    assert abs(after.flux - 3e5) < 0.5 * abs(before.flux - 3e5)
+    faint = latent[0] < 1.0
+    torch.testing.assert_close(polished[0][faint], latent[0][faint], rtol=0.05, atol=0.01)
+
+
+def test_polish_leaves_images_without_masked_bright_pixels_alone() -> None:
+    data = PatchData(observe(LAYOUT, STARS, [1.5, 1.8, 2.1], seed=1), LAYOUT, SIGMA, margin=8)
+    latent = maximum_likelihood(data, everything(data), steps=30).latent
+    assert polish_bright(data, everything(data), latent) is latent
+
+
 def test_layers_of_a_perfect_model() -> None:
     """With the true model the residual is noise, the coadd is model plus residual, and the PSF is the
     weighted mean."""
@@ -103,9 +131,23 @@ def test_outlier_is_clipped_from_both_coadds_and_flagged() -> None:
     latent = maximum_likelihood(data, everything(data)).latent[0]
     layers = coadd_layers(data, latent, [v.psf for v in visits])
     assert layers.clipped[50, 10:20].all()
-    assert layers.clipped.mean() < 0.01
+    around = np.zeros(LAYOUT.shape, dtype=bool)
+    around[47:54, 7:23] = True
+    assert not layers.clipped[~around].any()
     assert (layers.n_visits[50, 10:20] == 3).all()
     assert np.abs(layers.coadd[50, 10:20]).max() < 5.0
+
+
+def test_faint_trail_is_clipped_though_no_pixel_stands_out() -> None:
+    layout = CellLayout(1, 1, 80, 90)
+    visits = observe(layout, [], [1.5, 2.0, 1.8, 1.6], seed=6)
+    rows = np.arange(80)[:, None]
+    visits[2].flux[...] += (2.5 * np.exp(-0.5 * ((rows - 40.0) / 2.0) ** 2)).astype(np.float32)
+    data = PatchData(visits, layout, SIGMA, margin=8)
+    layers = coadd_layers(data, torch.zeros(data.shape), [v.psf for v in visits])
+    assert layers.clipped[39:42].mean() > 0.8
+    assert layers.clipped[:30].mean() == layers.clipped[50:].mean() == 0.0
+    assert np.nanmean(layers.coadd[38:43]) < 0.25
 
 
 def test_what_most_visits_say_is_no_outlier() -> None:

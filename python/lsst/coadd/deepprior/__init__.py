@@ -5,8 +5,8 @@
 
 """Restored coadds of Rubin warps, with a neural prior that is fitted to the visits themselves.
 
-The modules are imported one by one (``lsst.coadd.deepprior.warps`` ...); this one stays light, since graph building
-imports it.
+The modules are imported one by one (``lsst.coadd.deepprior.warps`` ...); this one stays light, since graph
+building imports it.
 """
 
 from __future__ import annotations

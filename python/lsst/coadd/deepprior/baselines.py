@@ -27,6 +27,9 @@ from .statistics import PatchData, SetStatistics
 _PSF_ERRORS = (1.0, 0.3, 0.1, 0.03)
 """PSF errors of the first refreshes: star cores are clipped only once the model has come near them."""
 
+_BRIGHT = 30.0
+"""Signal to noise ratio of a latent pixel from which on `polish_bright` changes it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MaximumLikelihood:
@@ -98,8 +101,16 @@ class AcceleratedSteps:
         self._corrections: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last: torch.Tensor | None = None
 
-    def step(self, statistics: SetStatistics) -> torch.Tensor:
-        """Take one step on the given statistics and return the new latent image."""
+    def step(self, statistics: SetStatistics, free: torch.Tensor | None = None) -> torch.Tensor:
+        """Take one step on the given statistics and return the new latent image.
+
+        Parameters
+        ----------
+        statistics : `~lsst.coadd.deepprior.statistics.SetStatistics`
+            What the step is taken on.
+        free : `torch.Tensor`, (set, y, x), optional
+            Part of the step, 0 to 1, that a pixel takes.
+        """
         start = self.latent
         if self._corrections is not None:
             last, before = self._corrections
@@ -109,6 +120,8 @@ class AcceleratedSteps:
             momentum = (overlap / norm).clamp(0.0, 0.999)
             start = torch.maximum(start + momentum * (start - self._previous), 0.1 * start)
         new = maximum_likelihood_step(start, statistics)
+        if free is not None:
+            new = start + free * (new - start)
         correction = new - start
         if self._last is not None:
             self._corrections = (correction, self._last)
@@ -170,3 +183,50 @@ def maximum_likelihood(
             accelerated = AcceleratedSteps(latent) if accelerated is None else accelerated
             latent = accelerated.step(statistics)
     return MaximumLikelihood(early, latent, data.linearise(members, latent, gram=gram))
+
+
+def polish_bright(
+    data: PatchData,
+    members: torch.Tensor,
+    latent: torch.Tensor,
+    *,
+    steps: int = 60,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> torch.Tensor:
+    """Take the last steps of bright pixels where visits are masked on the visits themselves.
+
+    Where many visits are masked, as in the cores of saturated stars, the quadratic of the Gram form knows
+    little new and the image converges by a small part a refresh. Here every step has its own pass over the
+    visits.
+
+    Parameters
+    ----------
+    data : `~lsst.coadd.deepprior.statistics.PatchData`
+        The visits.
+    members : `torch.Tensor`, (set, visit), bool
+        Which visits belong to which set.
+    latent : `torch.Tensor`, (set, y, x)
+        Latent images in nJy; their faint pixels stay as they are.
+    steps : `int`, optional
+        Number of steps.
+    progress : `~collections.abc.Callable`, optional
+        Called with the step, the number of steps and the objective.
+
+    Returns
+    -------
+    latent : `torch.Tensor`, (set, y, x)
+        The polished images; the same ones if no bright pixel has masked visits.
+    """
+    gram = data.gram(members)
+    full = gram.forward(torch.ones_like(latent)).clamp_min(torch.finfo(data.dtype).tiny)
+    signal = (latent * full.sqrt() / _BRIGHT).square()
+    free = signal / (1.0 + signal)
+    accelerated = AcceleratedSteps(latent)
+    for step in range(steps):
+        statistics = data.linearise(members, accelerated.latent, gram=gram)
+        if step == 0 and not bool(((free > 0.5) & (statistics.sensitivity < 0.9 * full)).any()):
+            return latent
+        accelerated.step(statistics, free)
+        if progress is not None:
+            progress(step + 1, steps, float(statistics.objective.mean()))
+    return accelerated.latent

@@ -126,23 +126,20 @@ def draw_figure(inputs: FigureInputs) -> Figure:
         Plain coadd, best-seeing exposure, restored image and residual, whole and zoomed; PSFs; curves of
         the fit; numbers.
     """
-    ny, nx = inputs.restored.shape
-    aspect = min(max(ny / nx, 0.5), 2.0)
+    whole, zoom = _data_box(inputs), _zoom_box(inputs)
+    aspect = min(max((whole[3] - whole[2]) / (whole[1] - whole[0]), 0.5), 2.0)
     heights = (0.4 + 3.75 * aspect + 3.75, 3.2)
     figure = Figure(figsize=(16.0, 0.6 + sum(heights)), layout="constrained")
     figure.suptitle(inputs.title, fontsize=18, fontweight="bold")
-    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
-
-    zoom = _zoom_box(inputs)
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     grid = top.add_gridspec(2, 5, width_ratios=[1.0, 1.0, 1.0, 1.0, 0.04], height_ratios=[aspect, 1.0])
-    whole = (-0.5, nx - 0.5, -0.5, ny - 0.5)
     for row, box in enumerate((whole, zoom)):
         axes = [top.add_subplot(grid[row, column]) for column in range(4)]
         residual = _draw_images(axes, inputs, box)
         bar = top.colorbar(residual, cax=top.add_subplot(grid[row, 4]))
         bar.set_label("standard deviations", fontsize=12)
         for panel, ink in zip(axes, _INK, strict=True):
-            if box == whole:
+            if row == 0:
                 side = zoom[1] - zoom[0]
                 panel.add_patch(Rectangle((zoom[0], zoom[2]), side, side, fill=False, lw=1.6, ec=ink))
             else:
@@ -160,14 +157,24 @@ _INK = ("white", "white", "white", "black")
 """Colour of what is drawn on coadd, exposure, restored image and residual."""
 
 
+def _data_box(inputs: FigureInputs) -> tuple[float, float, float, float]:
+    """Return the limits (left, right, bottom, top) of the part with data, in array coordinates."""
+    seen = np.isfinite(inputs.coadd)
+    rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+    if not len(rows):
+        return -0.5, seen.shape[1] - 0.5, -0.5, seen.shape[0] - 0.5
+    return columns[0] - 0.5, columns[-1] + 0.5, rows[0] - 0.5, rows[-1] + 0.5
+
+
 def _zoom_box(inputs: FigureInputs) -> tuple[float, float, float, float]:
-    """Return the limits (left, right, bottom, top) of the zoom in array coordinates."""
-    ny, nx = inputs.restored.shape
+    """Return the limits of the zoom, which stays inside the part with data."""
+    left, right, bottom, top = _data_box(inputs)
     y0, x0 = inputs.origin
-    x, y = choose_zoom(inputs.sources, inputs.fwhm[0], (x0 + 0.5 * (nx - 1), y0 + 0.5 * (ny - 1)))
-    half = min(max(4.0 * inputs.fwhm[0], 12.0), 0.5 * ny, 0.5 * nx)
-    x = min(max(x - x0, half - 0.5), nx - half - 0.5)
-    y = min(max(y - y0, half - 0.5), ny - half - 0.5)
+    centre = (x0 + 0.5 * (left + right), y0 + 0.5 * (bottom + top))
+    x, y = choose_zoom(inputs.sources, inputs.fwhm[0], centre)
+    half = min(max(4.0 * inputs.fwhm[0], 12.0), 0.5 * (right - left), 0.5 * (top - bottom))
+    x = min(max(x - x0, left + half), right - half)
+    y = min(max(y - y0, bottom + half), top - half)
     return x - half, x + half, y - half, y + half
 
 
@@ -180,7 +187,8 @@ def _draw_images(
     """
     ys = slice(max(math.floor(box[2]), 0), math.ceil(box[3]) + 1)
     xs = slice(max(math.floor(box[0]), 0), math.ceil(box[1]) + 1)
-    brightest = np.nanpercentile(inputs.restored[ys, xs], 99.7)
+    shown = inputs.restored[ys, xs]
+    brightest = np.percentile(shown[np.isfinite(shown)], 99.7) if np.isfinite(shown).any() else 0.0
     top = max(float(brightest), 20.0 * inputs.noise)
     soft = max(3.0 * inputs.noise, 0.02 * top)
     stretch = FuncNorm(

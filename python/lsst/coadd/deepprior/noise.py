@@ -18,13 +18,21 @@ import torch
 import torch.nn.functional
 
 from .observation import Observation
+from .psf import gaussian_stamp
 from .statistics import PatchData
 
-_OUTLIER_SIGMA = 5.0
+_OUTLIER_SIGMA = 5.5
+"""Significance of an outlier; noise alone reaches it in one pixel of 30 million."""
+
 _OUTLIER_RIM_SIGMA = 2.5
+"""Significance of the pixels around an outlier that are rejected with it."""
+
 _OUTLIER_PSF_ERROR = 0.1
 """Relative error granted to the model where outliers are judged, so that a star that moved by a tenth of a
 pixel, or varies by some per cent, is not rejected."""
+
+_OUTLIER_SMOOTHING = 1.5
+"""Sigma in pixels of the Gaussian that gathers faint trails, a little narrower than usual seeing."""
 
 _MIN_VISITS_FOR_OUTLIERS = 3
 
@@ -80,11 +88,24 @@ def entering_visits(data: PatchData) -> np.ndarray:
 
 
 def _outliers(residual: torch.Tensor, scale: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
-    """Find pixels far from the model, with their less deviant neighbours."""
-    deviation = torch.where(good, residual.abs() / scale, 0.0)
-    seeds = (deviation > _OUTLIER_SIGMA).to(residual.dtype)
-    near = torch.nn.functional.max_pool2d(seeds[None, None], 3, stride=1, padding=1)[0, 0] > 0
-    return near & (deviation > _OUTLIER_RIM_SIGMA)
+    """Find pixels far from the model, single (cosmic rays) or together (trails), with their neighbourhood."""
+    deviation = torch.where(good, residual / scale, 0.0)
+    kernel = torch.as_tensor(gaussian_stamp(_OUTLIER_SMOOTHING), dtype=scale.dtype, device=scale.device)
+    # A single pixel counts for no more than an outlier, so that a cosmic ray rejects its own surroundings only.
+    bounded = deviation.clamp(-_OUTLIER_SIGMA, _OUTLIER_SIGMA)
+    smooth, norm = (
+        torch.nn.functional.conv2d(image[None, None], k[None, None], padding=k.shape[-1] // 2)[0, 0]
+        for image, k in ((bounded, kernel), (good.to(scale.dtype), kernel.square()))
+    )
+    together = torch.where(good, smooth / norm.clamp_min(1e-6).sqrt(), 0.0)
+    return _grown_peaks(deviation.abs(), 1) | _grown_peaks(together.abs(), 3)
+
+
+def _grown_peaks(significance: torch.Tensor, reach: int) -> torch.Tensor:
+    """Return pixels above `_OUTLIER_RIM_SIGMA` within some pixels of one above `_OUTLIER_SIGMA`."""
+    peaks = (significance > _OUTLIER_SIGMA).to(significance.dtype)
+    near = torch.nn.functional.max_pool2d(peaks[None, None], 2 * reach + 1, stride=1, padding=reach)[0, 0] > 0
+    return near & (significance > _OUTLIER_RIM_SIGMA)
 
 
 def coadd_layers(data: PatchData, latent: torch.Tensor, psfs: Sequence[np.ndarray]) -> CoaddLayers:

@@ -15,7 +15,7 @@ from __future__ import annotations
 __all__ = ("Restoration", "RestoreSettings", "restore")
 
 import dataclasses
-import logging
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .baselines import MaximumLikelihood, inner_smooth, maximum_likelihood
+from .baselines import MaximumLikelihood, inner_smooth, maximum_likelihood, polish_bright
 from .network import Features, Trunk, blended_base, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
 from .observation import Observation
@@ -32,7 +32,6 @@ from .operators import CellLayout
 from .psf import FWHM_PER_SIGMA, fwhm, gaussian_stamp, target_sigma
 from .statistics import NothingToRestoreError, PatchData, deal_splits
 
-_LOG = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int, float], None]
 """Called with the phase, the step, the number of steps and the loss."""
@@ -356,9 +355,11 @@ def restore(
         latent = _base_latent(solution)
         times["base"] = time.monotonic() - mark
     mark = time.monotonic()
+    polish_progress = None if progress is None else functools.partial(progress, "polish")
+    latent = polish_bright(data, everything, latent[None], progress=polish_progress)[0]
     image = _image(data, latent)
     layers = coadd_layers(data, latent, psfs)
-    times["coadd"] = time.monotonic() - mark
+    times["polish and coadd"] = time.monotonic() - mark
     mark = time.monotonic()
     variance = _variance(observations, data, latent, everything, net, settings, progress)
     times["noise"] = time.monotonic() - mark

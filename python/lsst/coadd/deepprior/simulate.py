@@ -197,7 +197,8 @@ class Scene:
 
     def _draw(self, bbox: Box, psf: _VisitPsf, catalogue: Table, sky_noise: float) -> np.ndarray:
         """Draw the noiseless image of a visit in nJy, (y, x)."""
-        image = galsim.ImageD(galsim.BoundsI(bbox.x.min, bbox.x.max, bbox.y.min, bbox.y.max))
+        bounds = galsim.BoundsI(bbox.x.min, bbox.x.max, bbox.y.min, bbox.y.max)
+        image = galsim.ImageD(bounds, init_value=0.0)
         for row in catalogue:
             profile = psf.at(row["x"], row["y"])
             if row["type"] == "galaxy":

@@ -10,10 +10,10 @@ The data term of a set of visits is the robust sum
 .. math:: L(u) = \sum_t \sum_p m_t w_t s_t^2\, \rho_\delta\!\left(\frac{y_t - K_t u}{s_t}\right),
 
 with Huber's function of threshold delta, one weight w a visit and cell (the inverse sky variance), the mask m
-and the scale :math:`s_t^2 = v_t + (\epsilon K_t u_0)^2`: the variance of the pixel and an error of the PSF. One
-weight a cell, and not one a pixel, keeps bright star cores as well conditioned as the sky, while the threshold
-of the clipping follows the noise of every pixel. At a model :math:`u_0` it is majorised by a quadratic that
-needs the visits no more (Huber & Ronchetti 2009, Robust Statistics, section 7.8):
+and the scale :math:`s_t^2 = v_t + (\epsilon K_t u_0)^2`: the variance of the pixel and an error of the PSF.
+One weight a cell, and not one a pixel, keeps bright star cores as well conditioned as the sky, while the
+threshold of the clipping follows the noise of every pixel. At a model :math:`u_0` it is majorised by a
+quadratic that needs the visits no more (Huber & Ronchetti 2009, Robust Statistics, section 7.8):
 
 .. math:: Q(u) = \tfrac12 u^T A u - u^T M, \quad A = \sum_t K_t^T w_t K_t, \quad
           M = A u_0 + \sum_t K_t^T m_t w_t\, \mathrm{clip}(y_t - K_t u_0, \pm\delta s_t).
@@ -336,18 +336,25 @@ class PatchData:
         """Return the pixel-wise lower median of the good pixels of every set of visits.
 
         It is a start that positive outliers (cosmic rays, satellites) in fewer than half of the visits cannot
-        reach.
+        reach. Pixels of the patch without a good visit, like saturated cores, take three quarters of the largest
+        of their neighbours.
 
         Returns
         -------
         median : `torch.Tensor`, (set, y, x)
-            nJy, 0 where a set has no good pixel.
+            nJy, 0 far from all good pixels of a set.
         """
         stack = torch.full((len(self), *self.shape), torch.nan, dtype=self.dtype, device=self.device)
         for index, visit in self.visits():
             stack[index] = torch.where(visit.weight > 0, visit.flux, torch.nan)
         # torch's nanmedian is the lower of the two middle values.
-        return torch.stack([stack[m].nanmedian(dim=0).values.nan_to_num(0.0) for m in members])
+        median = torch.stack([stack[m].nanmedian(dim=0).values for m in members])
+        ny, nx = self.layout.shape
+        patch = median[:, self.margin : self.margin + ny, self.margin : self.margin + nx]
+        for _ in range(self.margin):
+            filled = torch.nn.functional.max_pool2d(patch.nan_to_num(-torch.inf), 3, stride=1, padding=1)
+            patch[...] = torch.where(patch.isnan() & filled.isfinite(), 0.75 * filled, patch)
+        return median.nan_to_num(0.0)
 
 
 def deal_splits(

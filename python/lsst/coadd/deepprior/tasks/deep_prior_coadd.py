@@ -116,7 +116,7 @@ class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoad
         dtype=int,
         doc="Number of steps of the maximum-likelihood image that the network corrects. With fewer steps, "
         "bright stars stay wider than the target PSF.",
-        default=120,
+        default=200,
         min=1,
     )
     steps = RangeField(
@@ -160,7 +160,7 @@ class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoad
         dtype=float,
         doc="Relative error of the PSF models, which is added to the noise in proportion to the flux, "
         "so that the cores of bright stars are not taken for outliers.",
-        default=0.005,
+        default=0.01,
         min=0.0,
     )
     n_variance_draws = RangeField(
@@ -300,7 +300,9 @@ class _ProgressLog:
         if self._first_step < step < n_steps:
             seconds = (now - self._started) / (step - self._first_step) * (n_steps - step)
             left = f", {seconds:.0f} s left"
-        self._log.info("%s: %s, step %d of %d, loss %.4g%s.", self._label, phase, step, n_steps, loss, left)
+        name = "rms" if phase == "noise" else "loss"
+        message = "%s: %s, step %d of %d, %s %.4g%s."
+        self._log.info(message, self._label, phase, step, n_steps, name, loss, left)
 
 
 class DeepPriorCoaddTask(PipelineTask):

@@ -1,0 +1,358 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""What a restoration gains against the plain coadd, measured against the truth of a simulated scene."""
+
+from __future__ import annotations
+
+__all__ = (
+    "Detections",
+    "Gain",
+    "aperture_ratios",
+    "coadd_detections",
+    "evaluate",
+    "match",
+    "pool",
+    "split_pairs",
+)
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import galsim
+import numpy as np
+import scipy.ndimage
+import scipy.spatial
+import sep
+from astropy.table import Table
+
+from lsst.images import Box
+
+from .joint_fit import Coadd
+from .psf import FWHM_PER_SIGMA, fit_star, gaussian_stamp
+from .truth import GALSIM, galaxy_profile, render
+
+_APERTURE = 1.5
+"""Radius in arcsec in which the fluxes of isolated objects are compared with the truth."""
+
+_MATCH_RADIUS = 0.3
+"""Largest distance in arcsec between a true object and its entry in a list."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Detections:
+    """Positions of a source list in tract pixels, and their fluxes in nJy."""
+
+    x: np.ndarray
+    y: np.ndarray
+    flux: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """A row of the table: values of one quantity for the plain coadd and for the restored patch.
+
+    Parameters
+    ----------
+    name : `str`
+        What is compared.
+    kind : `str`
+        How values become one number: ``median``; ``bias``, the median deviation of a ratio from 1 in
+        per cent; ``share``, the percentage of true values.
+    coadd, restored : `numpy.ndarray`
+        One value an object (or a patch); empty where the quantity does not exist.
+    """
+
+    name: str
+    kind: str
+    coadd: np.ndarray
+    restored: np.ndarray
+
+    def numbers(self) -> tuple[float, float]:
+        """Return the number for the plain coadd and that for the restored patch, NaN without values."""
+        return self._number(self.coadd), self._number(self.restored)
+
+    def _number(self, values: np.ndarray) -> float:
+        if len(values) == 0:
+            return math.nan
+        if self.kind == "share":
+            return 100.0 * float(np.mean(values))
+        return 100.0 * float(np.median(values) - 1.0) if self.kind == "bias" else float(np.median(values))
+
+
+def pool(patches: Sequence[Sequence[Gain]]) -> list[Gain]:
+    """Pool the values of the same rows of several patches."""
+    return [
+        Gain(
+            rows[0].name,
+            rows[0].kind,
+            np.concatenate([row.coadd for row in rows]),
+            np.concatenate([row.restored for row in rows]),
+        )
+        for rows in zip(*patches, strict=True)
+    ]
+
+
+def coadd_detections(coadd: Coadd, origin: tuple[int, int]) -> Detections:
+    """Detect sources on the plain coadd: peaks of its matched filter above 5 sigma.
+
+    This is what Rubin's SourceDetectionTask does: convolve with the PSF, threshold, and take the peaks.
+
+    Parameters
+    ----------
+    coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
+        The plain coadd.
+    origin : `tuple` [`int`, `int`]
+        Tract pixel (y, x) of its first element.
+
+    Returns
+    -------
+    detections : `Detections`
+        Peaks, with their point-source fluxes.
+    """
+    information = np.where(coadd.information > 0.0, coadd.information, np.inf)
+    flux = coadd.correlate(coadd.weight * coadd.image, power=1) / information
+    snr = flux * np.sqrt(np.where(np.isfinite(information), information, 0.0))
+    peaks = (snr == scipy.ndimage.maximum_filter(snr, 3)) & (snr > 5.0) & coadd.good
+    y, x = np.nonzero(peaks)
+    return Detections(x + float(origin[1]), y + float(origin[0]), flux[y, x])
+
+
+def match(detections: Detections, truth: Table, radius: float) -> np.ndarray:
+    """Match true objects to a list, each entry to one object at most, the closest pairs first.
+
+    Parameters
+    ----------
+    detections : `Detections`
+        The list.
+    truth : `astropy.table.Table`
+        True objects.
+    radius : `float`
+        Largest distance in pixels.
+
+    Returns
+    -------
+    index : `numpy.ndarray`, (object,), int
+        Entry of every object, -1 without one.
+    """
+    index = np.full(len(truth), -1)
+    if len(detections.x) == 0 or len(truth) == 0:
+        return index
+    tree = scipy.spatial.cKDTree(np.column_stack([detections.x, detections.y]))
+    other = scipy.spatial.cKDTree(np.column_stack([truth["x"], truth["y"]]))
+    near = other.sparse_distance_matrix(tree, radius, output_type="ndarray")
+    taken: set[int] = set()
+    for row in np.sort(near, order="v"):
+        if index[row["i"]] < 0 and row["j"] not in taken:
+            index[row["i"]] = row["j"]
+            taken.add(int(row["j"]))
+    return index
+
+
+def split_pairs(index: np.ndarray, truth: Table, detectable: np.ndarray) -> np.ndarray:
+    """Tell which close pairs have an entry for each member.
+
+    Parameters
+    ----------
+    index : `numpy.ndarray`, (object,)
+        Result of `match`.
+    truth : `astropy.table.Table`
+        True objects.
+    detectable : `numpy.ndarray`, (object,), bool
+        Objects bright enough to count.
+
+    Returns
+    -------
+    split : `numpy.ndarray`, (pair,), bool
+        One value for every pair of two bright enough members.
+    """
+    split = []
+    for pair in np.unique(truth["pair_id"][truth["pair_id"] >= 0]):
+        members = np.flatnonzero(truth["pair_id"] == pair)
+        if len(members) == 2 and detectable[members].all():
+            split.append(bool((index[members] >= 0).all()))
+    return np.array(split, dtype=bool)
+
+
+def aperture_ratios(
+    image: np.ndarray, psf: galsim.GSObject, objects: Table, box: Box, pixel_scale: float
+) -> np.ndarray:
+    """Compare the light around objects with what the truth puts there at the PSF of the image.
+
+    Parameters
+    ----------
+    image : `numpy.ndarray`, (y, x)
+        Image in nJy.
+    psf : `galsim.GSObject`
+        PSF of the image with the pixel, in arcsec.
+    objects : `astropy.table.Table`
+        Isolated objects well inside the image.
+    box : `lsst.images.Box`
+        Box of the image in tract pixels.
+    pixel_scale : `float`
+        Size of a pixel in arcsec.
+
+    Returns
+    -------
+    ratio : `numpy.ndarray`, (object,)
+        Measured over true flux within `_APERTURE`.
+    """
+    radius = _APERTURE / pixel_scale
+    size = 2 * math.ceil(radius) + 3
+    ratios = []
+    for row in objects:
+        x, y = row["x"] - box.x.start, row["y"] - box.y.start
+        ix, iy = round(x), round(y)
+        profile = psf if row["type"] == "star" else galsim.Convolve(galaxy_profile(row), psf, gsparams=GALSIM)
+        expected = (
+            profile.withFlux(row["flux_nJy"])
+            .drawImage(nx=size, ny=size, scale=pixel_scale, offset=(x - ix, y - iy), method="no_pixel")
+            .array
+        )
+        half = size // 2
+        cut = np.ascontiguousarray(image[iy - half : iy + half + 1, ix - half : ix + half + 1], dtype=float)
+        measured, true = (
+            sep.sum_circle(data, [x - ix + half], [y - iy + half], radius, subpix=0)[0][0]
+            for data in (cut, expected.astype(float))
+        )
+        ratios.append(measured / true)
+    return np.array(ratios)
+
+
+def _isolated(truth: Table, box: Box, pixel_scale: float) -> np.ndarray:
+    """Return which objects are inside the image and have no neighbour that puts light into their aperture."""
+    margin = 2.0 * _APERTURE / pixel_scale + 2.0
+    x, y, flux = (np.asarray(truth[name]) for name in ("x", "y", "flux_nJy"))
+    inside = (
+        (x > box.x.min + margin)
+        & (x < box.x.max - margin)
+        & (y > box.y.min + margin)
+        & (y < box.y.max - margin)
+    )
+    distance = np.hypot(x[:, None] - x, y[:, None] - y) * pixel_scale
+    np.fill_diagonal(distance, np.inf)
+    # A star of the flux of its neighbour puts some per cent of it 2 apertures away, and little beyond 4.
+    disturbs = (distance < 2.0 * _APERTURE) & (flux > 0.03 * flux[:, None])
+    disturbs |= (distance < 4.0 * _APERTURE) & (flux > 3.0 * flux[:, None])
+    return inside & ~disturbs.any(axis=1)
+
+
+def evaluate(
+    coadd: Coadd,
+    model: np.ndarray,
+    target_sigma: float,
+    sources: Table,
+    truth: Table,
+    box: Box,
+    pixel_scale: float,
+) -> list[Gain]:
+    """Compare the plain coadd and the restored patch with the truth.
+
+    Parameters
+    ----------
+    coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
+        The plain coadd.
+    model : `numpy.ndarray`, (y, x)
+        Restored image in nJy.
+    target_sigma : `float`
+        Sigma of its advertised PSF in pixels.
+    sources : `astropy.table.Table`
+        Source list of the restored patch.
+    truth : `astropy.table.Table`
+        True objects.
+    box : `lsst.images.Box`
+        Box of the images in tract pixels.
+    pixel_scale : `float`
+        Size of a pixel in arcsec.
+
+    Returns
+    -------
+    gains : `list` [`Gain`]
+        The rows of the table.
+    """
+    origin = (box.y.start, box.x.start)
+    i, j = np.argwhere(np.isfinite(coadd.psf[:, :, 0, 0]))[0]
+    stamp = galsim.InterpolatedImage(galsim.Image(coadd.psf[i, j].copy()), scale=pixel_scale, flux=1.0)
+    target = galsim.Gaussian(sigma=target_sigma * pixel_scale, gsparams=GALSIM)
+    x, y = np.asarray(truth["x"]), np.asarray(truth["y"])
+    inside = (x > box.x.min) & (x < box.x.max) & (y > box.y.min) & (y < box.y.max)
+    truth, x, y = truth[inside], x[inside], y[inside]
+    columns, rows = np.rint(x - box.x.start).astype(int), np.rint(y - box.y.start).astype(int)
+    snr = np.asarray(truth["flux_nJy"]) * np.sqrt(coadd.information[rows, columns])
+    isolated = _isolated(truth, box, pixel_scale)
+    star = np.asarray(truth["type"]) == "star"
+    mag = np.asarray(truth["mag"])
+    covered = coadd.good[rows, columns]
+
+    image = np.nan_to_num(model)
+    true_image = render(truth, target_sigma, box, pixel_scale=pixel_scale)
+    noise = float(np.median(1.0 / np.sqrt(coadd.weight[coadd.weight > 0.0])))
+    sky = (true_image < 0.05 * noise) & coadd.good
+    advertised = fit_star(gaussian_stamp(target_sigma, 25), radius=4).sigma
+    bright = star & isolated & (snr > 100.0)
+    sizes = [
+        fit_star(image, x=float(a) - box.x.start, y=float(b) - box.y.start, radius=4).sigma / advertised
+        for a, b in zip(x[bright], y[bright], strict=True)
+    ]
+    coadd_fwhm = float(coadd.fwhm[i, j]) * pixel_scale
+    nothing = np.empty(0)
+    gains = [
+        Gain(
+            "seeing, FWHM of the PSF (arcsec)",
+            "median",
+            np.array([coadd_fwhm]),
+            np.array([target_sigma * FWHM_PER_SIGMA * pixel_scale]),
+        ),
+        Gain("size of stars with S/N > 100 against the PSF (%)", "bias", nothing, np.array(sizes)),
+        Gain(
+            "rms of the blank sky (nJy)",
+            "median",
+            np.array([coadd.image[sky].std()]),
+            np.array([image[sky].std()]),
+        ),
+    ]
+    catalogue = Detections(*(np.asarray(sources[name], dtype=float) for name in ("x", "y", "flux")))
+    plain = coadd_detections(coadd, origin)
+    radius = _MATCH_RADIUS / pixel_scale
+    in_catalogue, in_plain = (match(detections, truth, radius) for detections in (catalogue, plain))
+    for name, chosen in (
+        ("stars with S/N > 20", star & (snr > 20.0)),
+        ("galaxies of 22-24 mag", ~star & (mag > 22.0) & (mag <= 24.0)),
+        ("galaxies of 24-25.5 mag", ~star & (mag > 24.0) & (mag <= 25.5)),
+    ):
+        objects = chosen & isolated & covered
+        gains.append(
+            Gain(
+                f"flux in the image, {name} (%)",
+                "bias",
+                aperture_ratios(coadd.image, stamp, truth[objects], box, pixel_scale),
+                aperture_ratios(image, target, truth[objects], box, pixel_scale),
+            )
+        )
+        entry = in_catalogue[objects]
+        ratios = catalogue.flux[entry[entry >= 0]] / np.asarray(truth["flux_nJy"])[objects][entry >= 0]
+        gains.append(Gain(f"flux in the catalogue, {name} (%)", "bias", nothing, ratios))
+    detectable = (snr > 5.0) & covered
+    near = 0.5 * coadd_fwhm / pixel_scale
+    return [
+        *gains,
+        Gain(
+            "true sources with S/N > 5 found (%)",
+            "share",
+            in_plain[detectable] >= 0,
+            in_catalogue[detectable] >= 0,
+        ),
+        Gain(
+            "entries without a true source (%)",
+            "share",
+            *(~np.isin(np.arange(len(d.x)), match(d, truth, near)) for d in (plain, catalogue)),
+        ),
+        Gain(
+            "pairs at 0.5-0.9 arcsec split (%)",
+            "share",
+            *(split_pairs(index, truth, (snr > 10.0) & covered) for index in (in_plain, in_catalogue)),
+        ),
+    ]

@@ -1,0 +1,33 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Runs the real pipetask, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PIPELINE = "$COADD_DEEPPRIOR_DIR/pipelines/deepPriorCoadd.yaml"
+
+QUICK = [
+    argument
+    for setting in ("base_steps=20", "steps=2", "n_splits=2", "n_variance_draws=1", "device=cpu")
+    for argument in ("-c", f"deepPriorCoadd:{setting}")
+]
+"""A configuration that shows that everything runs, at no useful quality."""
+
+
+def pipetask(command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a subcommand of pipetask; the result has all output in ``stdout``."""
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("pipetask")), command, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=300,
+    )

@@ -1,0 +1,317 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""The tasks without pipetask: on warps in memory, and on quanta of a small repository."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from matplotlib.figure import Figure
+
+import lsst.pipe.base.testUtils
+from lsst.coadd.deepprior.restore import RestoreSettings
+from lsst.coadd.deepprior.tasks.deep_prior_coadd import (
+    DeepPriorCoaddConfig,
+    DeepPriorCoaddConnections,
+    DeepPriorCoaddTask,
+    WarpHandles,
+)
+from lsst.coadd.deepprior.tasks.measure_deep_prior_coadd import (
+    MeasureDeepPriorCoaddConnections,
+    MeasureDeepPriorCoaddTask,
+)
+from lsst.coadd.deepprior.tasks.plot_deep_prior_coadd import (
+    PlotDeepPriorCoaddConnections,
+    PlotDeepPriorCoaddTask,
+    best_visit,
+)
+from lsst.coadd.deepprior.warps import Warp
+from lsst.daf.butler import Butler
+from lsst.daf.butler.tests import addDatasetType
+from lsst.images import XY
+from lsst.images.cells import CellCoadd
+from lsst.pex.config import FieldValidationError
+from lsst.pipe.base import InMemoryDatasetHandle, NoWorkFound, Struct
+
+QUICK = {"base_steps": 20, "steps": 2, "n_splits": 2, "n_variance_draws": 1, "device": "cpu"}
+
+
+def quick_task(**settings: object) -> DeepPriorCoaddTask:
+    config = DeepPriorCoaddConfig()
+    config.update(**(QUICK | settings))
+    return DeepPriorCoaddTask(config=config)
+
+
+@pytest.fixture(scope="module")
+def restored(warps: list[Warp]) -> Struct:
+    return quick_task().run(warps=warps)
+
+
+def handle(warp: Warp, dataset: object = None) -> InMemoryDatasetHandle:
+    dataset = warp.to_cell_coadd() if dataset is None else dataset
+    return InMemoryDatasetHandle(dataset, instrument=warp.instrument, visit=warp.visit)
+
+
+def spoiled(warp: Warp) -> Warp:
+    """Return the warp with no finite pixel."""
+    return dataclasses.replace(warp, image=np.full_like(warp.image, np.nan))
+
+
+class CountingWarps(Sequence[Warp]):
+    """Warps that count how often each is asked for."""
+
+    def __init__(self, warps: Sequence[Warp]) -> None:
+        self._warps = warps
+        self.reads = [0] * len(warps)
+
+    def __len__(self) -> int:
+        return len(self._warps)
+
+    def __getitem__(self, index: int) -> Warp:  # type: ignore[override]
+        warp = self._warps[index]
+        self.reads[index] += 1
+        return warp
+
+
+@pytest.mark.parametrize(
+    "connections",
+    [DeepPriorCoaddConnections, MeasureDeepPriorCoaddConnections, PlotDeepPriorCoaddConnections],
+)
+def test_connections(connections: type) -> None:
+    lsst.pipe.base.testUtils.lintConnections(connections)
+
+
+def test_config_has_the_defaults_of_the_numerics() -> None:
+    config = DeepPriorCoaddConfig()
+    for field in dataclasses.fields(RestoreSettings):
+        if field.name != "target_fwhm":
+            assert getattr(config, field.name) == field.default, field.name
+    for name, field in config._fields.items():
+        if name not in ("connections", "saveLogOutput"):
+            assert field.doc.rstrip().endswith("."), name
+
+
+def test_config_refuses_two_target_psfs() -> None:
+    config = DeepPriorCoaddConfig(target_fwhm_arcsec=0.5)
+    config.validate()
+    config.target_fwhm_pixels = 2.5
+    with pytest.raises(ValueError, match="not both"):
+        config.validate()
+    with pytest.raises(FieldValidationError):
+        config.target_fwhm_pixels = 1.0
+
+
+def test_graph_building_imports_no_torch() -> None:
+    """The modules that building a graph imports must load neither torch nor matplotlib."""
+    code = (
+        "import sys\n"
+        "from lsst.coadd.deepprior.tasks import deep_prior_coadd, measure_deep_prior_coadd\n"
+        "from lsst.coadd.deepprior.tasks import plot_deep_prior_coadd\n"
+        "print({'torch', 'matplotlib'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_outputs(restored: Struct, warps: list[Warp]) -> None:
+    patch = warps[0].patch
+    for coadd in (restored.coadd, restored.residual):
+        assert isinstance(coadd, CellCoadd)
+        assert coadd.bbox == patch.cells.bbox
+        assert coadd.band == "r"
+        assert coadd.metadata["steps"] == 2
+        assert coadd.metadata["deepprior_version"]
+    visits = [warp.visit for warp in warps]
+    assert set(restored.coadd.provenance.inputs["visit"]) == set(visits)
+    metrics = restored.metrics
+    assert yaml.safe_load(yaml.safe_dump(metrics)) == metrics
+    assert [visit["visit"] for visit in metrics["visits"]] == visits
+    assert metrics["left_out"] == []
+    np.testing.assert_allclose(metrics["pixel_scale_arcsec"], 0.2, rtol=1e-3)
+
+
+def test_target_psf_in_arcsec(warps: list[Warp]) -> None:
+    result = quick_task(target_fwhm_arcsec=0.5).run(warps=warps)
+    np.testing.assert_allclose(result.metrics["psf"]["target_fwhm_pixels"], 2.5, rtol=1e-3)
+
+
+def test_warps_are_read_again_only_when_they_do_not_fit(warps: list[Warp], restored: Struct) -> None:
+    cached, streamed = CountingWarps(warps), CountingWarps(warps)
+    quick_task().run(warps=cached)
+    result = quick_task(cache_gib=0.0).run(warps=streamed)
+    assert cached.reads == [1] * len(warps)
+    assert min(streamed.reads) > 1
+    np.testing.assert_array_equal(result.coadd.image.array, restored.coadd.image.array)
+
+
+def test_order_of_the_handles_does_not_matter(warps: list[Warp], restored: Struct) -> None:
+    handles = WarpHandles([handle(warps[k]) for k in (2, 0, 3, 1)])
+    result = quick_task().run(warps=handles)
+    np.testing.assert_array_equal(result.coadd.image.array, restored.coadd.image.array)
+    np.testing.assert_array_equal(result.residual.image.array, restored.residual.image.array)
+
+
+def test_useless_warps_are_left_out(warps: list[Warp], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        result = quick_task().run(warps=[*warps[:2], spoiled(warps[2])])
+    assert f"visit {warps[2].visit} has no usable pixel in the patch and is left out" in caplog.text
+    assert result.metrics["left_out"] == [warps[2].label]
+    assert set(result.coadd.provenance.inputs["visit"]) == {warp.visit for warp in warps[:2]}
+    with pytest.raises(NoWorkFound, match="None of the 2 warps"):
+        quick_task().run(warps=[spoiled(warp) for warp in warps[:2]])
+
+
+def test_bad_mask_planes(warps: list[Warp]) -> None:
+    """Pixels of a plane count or not as the configuration says."""
+    planes = ["BAD", "CR"]
+    strict = quick_task(bad_mask_planes=planes).run(warps=warps).metrics["visits"]
+    loose = quick_task(bad_mask_planes=planes[:1]).run(warps=warps).metrics["visits"]
+    gained = [other["good_fraction"] - one["good_fraction"] for one, other in zip(strict, loose, strict=True)]
+    n_pixels = warps[0].patch.cells.bbox.area
+    n_freed = [int((warp.flagged(["CR"]) & ~warp.flagged(["BAD"])).sum()) for warp in warps]
+    assert max(n_freed) > 0
+    np.testing.assert_allclose(gained, np.array(n_freed) / n_pixels, atol=1e-9)
+
+
+def test_unusable_warp_is_named(warps: list[Warp]) -> None:
+    class Broken(CellCoadd):
+        def __init__(self) -> None:
+            pass
+
+    handles = WarpHandles([handle(warps[0]), handle(warps[1], Broken())])
+    assert handles[0].visit == warps[0].visit
+    with pytest.raises(RuntimeError, match=f"{warps[1].visit}.*cannot be used"):
+        handles[1]
+
+
+def test_progress_is_logged(warps: list[Warp], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        quick_task().run(warps=warps)
+    label = f"tract 9, patch {warps[0].patch.id}, r band"
+    assert f"{label}: restoring from 4 of 4 warps." in caplog.text
+    assert f"{label}: fit, step 2 of 2, loss" in caplog.text
+
+
+def test_gpu_that_is_not_there(warps: list[Warp], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="device 'cuda'"):
+        quick_task(device="cuda").run(warps=warps)
+
+
+def test_sources(restored: Struct) -> None:
+    coadd = restored.coadd
+    sources = MeasureDeepPriorCoaddTask().run(coadd=coadd, residual=restored.residual).sources
+    assert len(sources) > 0
+    sky = coadd.sky_projection.pixel_to_sky(XY(x=np.asarray(sources["x"]), y=np.asarray(sources["y"])))
+    np.testing.assert_allclose(sources["ra"], sky.ra.deg)
+    np.testing.assert_allclose(sources["dec"], sky.dec.deg)
+    assert np.all((sources["x"] > coadd.bbox.x.start) & (sources["x"] < coadd.bbox.x.stop))
+    assert np.all((sources["y"] > coadd.bbox.y.start) & (sources["y"] < coadd.bbox.y.stop))
+    np.testing.assert_allclose(
+        sources["coadd_fwhm"],
+        np.median([visit["fwhm_pixels"] for visit in restored.metrics["visits"]]),
+        rtol=0.3,
+    )
+
+
+def test_plot(restored: Struct, warps: list[Warp]) -> None:
+    sources = MeasureDeepPriorCoaddTask().run(coadd=restored.coadd, residual=restored.residual).sources
+    figure = (
+        PlotDeepPriorCoaddTask()
+        .run(
+            coadd=restored.coadd,
+            residual=restored.residual,
+            sources=sources,
+            metrics=restored.metrics,
+            best_warp=warps[1],
+        )
+        .plot
+    )
+    assert isinstance(figure, Figure)
+    panels = [axes for axes in figure.axes if axes.images]
+    start = warps[1].patch.cells.bbox.start
+    box = warps[1].bbox
+    shown = np.ma.filled(panels[1].images[0].get_array(), np.nan)
+    y, x = box.y.start - start.y, box.x.start - start.x
+    np.testing.assert_array_equal(shown[y : y + box.y.size, x : x + box.x.size], warps[1].image)
+    assert np.isfinite(panels[0].images[0].get_array()).any()
+
+
+def test_best_visit() -> None:
+    visits = [
+        {"visit": 1, "fwhm_pixels": 3.0, "good_fraction": 0.1},
+        {"visit": 2, "fwhm_pixels": 5.0, "good_fraction": 0.9},
+        {"visit": 3, "fwhm_pixels": 4.0, "good_fraction": 0.6},
+    ]
+    assert best_visit({"visits": visits})["visit"] == 3
+    assert best_visit({"visits": visits[:1]})["visit"] == 1
+
+
+@pytest.fixture(scope="module")
+def butler(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Butler:
+    """A repository with the warps of the shared one that the tests of this module may write to."""
+    path = tmp_path_factory.mktemp("tasks") / "repo"
+    shutil.copytree(repo, path)
+    butler = Butler.from_config(path, run="deepprior/warps", writeable=True)
+    for name, storage_class in {
+        "deep_prior_coadd": "CellCoadd",
+        "deep_prior_residual": "CellCoadd",
+        "deep_prior_coadd_metrics": "StructuredDataDict",
+        "deep_prior_coadd_sources": "ArrowAstropy",
+        "deep_prior_coadd_plot": "Plot",
+    }.items():
+        addDatasetType(butler, name, {"tract", "patch", "band", "skymap"}, storage_class)
+    return butler
+
+
+def test_quanta(butler: Butler) -> None:
+    """All three tasks, through `runQuantum`, on one patch and band of a repository."""
+    patch_id = {"skymap": "deepprior_sim", "tract": 9, "patch": 1, "band": "r"}
+    refs = butler.query_datasets(
+        "deep_prior_warp", where="patch = 1 and band = 'r'", collections="deepprior/warps"
+    )
+    assert len(refs) == 3
+    warp_ids = [dict(ref.dataId.required) for ref in refs]
+
+    task = quick_task()
+    quantum = lsst.pipe.base.testUtils.makeQuantum(
+        task,
+        butler,
+        patch_id,
+        {"warps": warp_ids} | dict.fromkeys(("coadd", "residual", "metrics"), patch_id),
+    )
+    run = lsst.pipe.base.testUtils.runTestQuantum(task, butler, quantum, mockRun=True)
+    assert len(run.call_args.kwargs["warps"]) == 3
+    assert run.call_args.kwargs["n_threads"] == 1
+    lsst.pipe.base.testUtils.runTestQuantum(task, butler, quantum, mockRun=False)
+    assert butler.get("deep_prior_coadd", patch_id).patch.id == 1
+
+    measure = MeasureDeepPriorCoaddTask()
+    quantum = lsst.pipe.base.testUtils.makeQuantum(
+        measure, butler, patch_id, dict.fromkeys(("coadd", "residual", "sources"), patch_id)
+    )
+    lsst.pipe.base.testUtils.runTestQuantum(measure, butler, quantum, mockRun=False)
+    sources = butler.get("deep_prior_coadd_sources", patch_id)
+    assert str(sources["flux"].unit) == "nJy"
+    assert sources["flux"].description
+
+    plot = PlotDeepPriorCoaddTask()
+    inputs = dict.fromkeys(("coadd", "residual", "sources", "metrics", "plot"), patch_id)
+    quantum = lsst.pipe.base.testUtils.makeQuantum(plot, butler, patch_id, {"warps": warp_ids} | inputs)
+    run = lsst.pipe.base.testUtils.runTestQuantum(plot, butler, quantum, mockRun=True)
+    best = best_visit(butler.get("deep_prior_coadd_metrics", patch_id))
+    assert run.call_args.kwargs["best_warp"].visit == best["visit"]
+    lsst.pipe.base.testUtils.runTestQuantum(plot, butler, quantum, mockRun=False)
+    assert butler.getURI("deep_prior_coadd_plot", patch_id).exists()
