@@ -253,7 +253,7 @@ def test_best_visit() -> None:
     visits = [
         {"visit": 1, "fwhm_pixels": 3.0, "good_fraction": 0.1},
         {"visit": 2, "fwhm_pixels": 5.0, "good_fraction": 0.9},
-        {"visit": 3, "fwhm_pixels": 4.0, "good_fraction": 0.6},
+        {"visit": 3, "fwhm_pixels": 4.0, "good_fraction": 0.85},
     ]
     assert best_visit({"visits": visits})["visit"] == 3
     assert best_visit({"visits": visits[:1]})["visit"] == 1

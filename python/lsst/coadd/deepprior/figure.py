@@ -21,6 +21,7 @@ from matplotlib.colors import FuncNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Circle, Rectangle
+from scipy.spatial import KDTree
 
 from .psf import FWHM_PER_SIGMA
 
@@ -100,11 +101,9 @@ def choose_zoom(sources: Table, fwhm: float, centre: tuple[float, float]) -> tup
     if not len(good):
         return centre
     x, y, flux = (np.asarray(good[name], dtype=float) for name in ("x", "y", "flux"))
-    distance = np.hypot(x[:, None] - x, y[:, None] - y)
-    fainter = np.where(distance < fwhm, np.minimum(flux[:, None], flux), 0.0)
-    np.fill_diagonal(fainter, 0.0)
-    if fainter.max() > 0.0:
-        pair = list(np.unravel_index(fainter.argmax(), fainter.shape))
+    pairs = KDTree(np.stack([x, y], axis=1)).query_pairs(fwhm, output_type="ndarray")
+    if len(pairs):
+        pair = pairs[flux[pairs].min(axis=1).argmax()]
         return float(x[pair].mean()), float(y[pair].mean())
     size = np.nan_to_num(np.asarray(good["ixx"] + good["iyy"], dtype=float))
     extended = size > 1.5 * np.median(size)

@@ -232,12 +232,13 @@ class JointFit:
 
 
 def _design_matrix(stamps: Sequence[Stamp], shape: tuple[int, int]) -> scipy.sparse.csc_array:
-    """Make a design matrix (pixel, stamp)."""
+    """Make a design matrix (pixel, stamp), without what is below 1e-5 of a stamp's peak."""
     rows, values = [], []
     for stamp in stamps:
-        ys, xs = stamp.slices
-        rows.append((np.arange(ys.start, ys.stop)[:, None] * shape[1] + np.arange(xs.start, xs.stop)).ravel())
-        values.append(stamp.array.ravel())
+        strength = np.abs(stamp.array)
+        y, x = np.nonzero(strength > 1e-5 * strength.max(initial=0.0))
+        rows.append((y + stamp.y0) * shape[1] + x + stamp.x0)
+        values.append(stamp.array[y, x])
     starts = np.cumsum([0] + [len(r) for r in rows])
     return scipy.sparse.csc_array(
         (np.concatenate(values), np.concatenate(rows), starts), shape=(shape[0] * shape[1], len(stamps))

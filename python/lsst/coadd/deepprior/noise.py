@@ -91,7 +91,7 @@ def _outliers(residual: torch.Tensor, scale: torch.Tensor, good: torch.Tensor) -
     """Find pixels far from the model, single (cosmic rays) or together (trails), with their neighbourhood."""
     deviation = torch.where(good, residual / scale, 0.0)
     kernel = torch.as_tensor(gaussian_stamp(_OUTLIER_SMOOTHING), dtype=scale.dtype, device=scale.device)
-    # A single pixel counts for no more than an outlier, so that a cosmic ray rejects its own surroundings only.
+    # No pixel counts for more than an outlier, so that a cosmic ray rejects its own surroundings only.
     bounded = deviation.clamp(-_OUTLIER_SIGMA, _OUTLIER_SIGMA)
     smooth, norm = (
         torch.nn.functional.conv2d(image[None, None], k[None, None], padding=k.shape[-1] // 2)[0, 0]

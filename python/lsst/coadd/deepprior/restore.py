@@ -15,7 +15,6 @@ from __future__ import annotations
 __all__ = ("Restoration", "RestoreSettings", "restore")
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,6 @@ from .observation import Observation
 from .operators import CellLayout
 from .psf import FWHM_PER_SIGMA, fwhm, gaussian_stamp, target_sigma
 from .statistics import NothingToRestoreError, PatchData, deal_splits
-
 
 Progress = Callable[[str, int, int, float], None]
 """Called with the phase, the step, the number of steps and the loss."""
@@ -328,6 +326,10 @@ def restore(
         if progress is not None:
             progress("base", step, n_steps, objective)
 
+    def polish_progress(step: int, n_steps: int, change: float) -> None:
+        if progress is not None:
+            progress("polish", step, n_steps, change)
+
     usable = torch.as_tensor((data.weight > 0.0).any(axis=(1, 2)))
     everything = usable[None]
     split = int(usable.sum()) > 1 and settings.steps > 0
@@ -355,8 +357,7 @@ def restore(
         latent = _base_latent(solution)
         times["base"] = time.monotonic() - mark
     mark = time.monotonic()
-    polish_progress = None if progress is None else functools.partial(progress, "polish")
-    latent = polish_bright(data, everything, latent[None], progress=polish_progress)[0]
+    latent = polish_bright(data, latent, progress=polish_progress)
     image = _image(data, latent)
     layers = coadd_layers(data, latent, psfs)
     times["polish and coadd"] = time.monotonic() - mark

@@ -336,8 +336,8 @@ class PatchData:
         """Return the pixel-wise lower median of the good pixels of every set of visits.
 
         It is a start that positive outliers (cosmic rays, satellites) in fewer than half of the visits cannot
-        reach. Pixels of the patch without a good visit, like saturated cores, take three quarters of the largest
-        of their neighbours.
+        reach. Pixels of the patch without a good visit, like saturated cores, take three quarters of their
+        largest neighbour.
 
         Returns
         -------

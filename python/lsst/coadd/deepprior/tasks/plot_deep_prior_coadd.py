@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from astropy.table import Table
+from scipy.spatial import KDTree
 
 from lsst.images.cells import CellCoadd
 from lsst.pipe.base import (
@@ -170,7 +171,7 @@ class PlotDeepPriorCoaddTask(PipelineTask):
 
 
 def best_visit(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Choose the visit with the narrowest PSF of those that cover at least half of the patch, or of all.
+    """Choose the visit with the narrowest PSF of those that show nearly all that any visit shows.
 
     Parameters
     ----------
@@ -183,8 +184,9 @@ def best_visit(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
         Its entry of ``metrics["visits"]``.
     """
     visits = metrics["visits"]
-    covering = [visit for visit in visits if visit["good_fraction"] >= 0.5]
-    return min(covering or visits, key=lambda visit: visit["fwhm_pixels"])
+    most = max(visit["good_fraction"] for visit in visits)
+    covering = (visit for visit in visits if visit["good_fraction"] >= 0.9 * most)
+    return min(covering, key=lambda visit: visit["fwhm_pixels"])
 
 
 def _typical_stamp(stamps: np.ndarray) -> np.ndarray:
@@ -199,9 +201,8 @@ def _facts(metrics: Mapping[str, Any], sources: Table, data: Coadd) -> dict[str,
     seeing = sorted(visit["fwhm_pixels"] * scale for visit in metrics["visits"])
     point_error = 1.0 / np.sqrt(np.median(data.information[data.good]))
     depth = _AB_ZERO_POINT - 2.5 * np.log10(5.0 * point_error)
-    x, y = (np.asarray(sources[name], dtype=float) for name in ("x", "y"))
-    distance = np.hypot(x[:, None] - x, y[:, None] - y)
-    n_pairs = (np.count_nonzero(distance < np.nanmedian(data.fwhm)) - len(sources)) // 2
+    positions = KDTree(np.stack([sources["x"], sources["y"]], axis=1))
+    n_pairs = len(positions.query_pairs(np.nanmedian(data.fwhm)))
     noise = metrics["noise"]
     return {
         "Visits": str(len(seeing)),
