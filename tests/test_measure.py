@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lsst.coadd.deepprior.deblend import DetectionSettings
+from lsst.coadd.deepprior.joint_fit import Coadd
 from lsst.coadd.deepprior.measure import MeasureInputs, measure_sources
 from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA, gaussian_stamp
 
@@ -110,6 +111,28 @@ def test_pulls_whatever_the_prior_did(factor, shift):
     np.testing.assert_allclose(np.sqrt(found["ixx"]), TARGET, rtol=0.05)
     np.testing.assert_allclose(np.sqrt(found["iyy"]), TARGET, rtol=0.05)
     np.testing.assert_allclose(found["ixy"], 0.0, atol=0.05)
+
+
+def test_errors_where_the_noise_differs_between_cells():
+    """A star on the border of two cells, one of them nine times as noisy, has the errors of an optimal fit."""
+    shape = (90, 120)
+    inputs = make_inputs(shape, (1, 2), [59.5, 20.0], [44.0, 40.0], [2e4, 2e4])
+    inputs.variance[:, 60:] *= 9.0
+    found = match(measure(inputs), [59.5, 20.0], [44.0, 40.0])
+    for row, x, y in zip(found, [59.5, 20.0], [44.0, 40.0], strict=True):
+        template = render(shape, [x], [y], [1.0], 2.0)
+        optimal = 1.0 / np.sqrt((template**2 / inputs.variance).sum())
+        np.testing.assert_allclose([row["flux_err"], row["psf_flux_err"]], optimal, rtol=0.02)
+    coadd = Coadd(inputs.model, TARGET, inputs.residual, inputs.variance, inputs.psf)
+    np.testing.assert_allclose(coadd.information[40, 20] ** -0.5, found["psf_flux_err"][1], rtol=0.01)
+
+
+def test_trace_of_a_bright_neighbour_is_no_source():
+    """A faint peak beside a very bright star must stand out above what errors of the PSF may leave there."""
+    error = NOISE * np.sqrt(4 * np.pi) * 2.0
+    for faint, n_sources in ((8.0, 1), (40.0, 2)):
+        scene = [40.0, 48.0], [50.0, 50.0], [5000.0 * error, faint * error]
+        assert len(measure(make_inputs((110, 90), (1, 1), *scene))) == n_sources
 
 
 def test_blends_share_the_light():
