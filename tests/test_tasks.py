@@ -21,6 +21,7 @@ import yaml
 from matplotlib.figure import Figure
 
 import lsst.pipe.base.testUtils
+from lsst.coadd.deepprior.deblend import DetectionSettings
 from lsst.coadd.deepprior.restore import RestoreSettings
 from lsst.coadd.deepprior.tasks.deep_prior_coadd import (
     DeepPriorCoaddConfig,
@@ -29,6 +30,7 @@ from lsst.coadd.deepprior.tasks.deep_prior_coadd import (
     WarpHandles,
 )
 from lsst.coadd.deepprior.tasks.measure_deep_prior_coadd import (
+    MeasureDeepPriorCoaddConfig,
     MeasureDeepPriorCoaddConnections,
     MeasureDeepPriorCoaddTask,
 )
@@ -98,7 +100,10 @@ def test_config_has_the_defaults_of_the_numerics() -> None:
     for field in dataclasses.fields(RestoreSettings):
         if field.name != "target_fwhm":
             assert getattr(config, field.name) == field.default, field.name
-    for name, field in config._fields.items():
+    measure = MeasureDeepPriorCoaddConfig()
+    for field in dataclasses.fields(DetectionSettings):
+        assert getattr(measure, field.name) == field.default, field.name
+    for name, field in (config._fields | measure._fields).items():
         if name not in ("connections", "saveLogOutput"):
             assert field.doc.rstrip().endswith("."), name
 

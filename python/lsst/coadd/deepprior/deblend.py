@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("DetectionSettings", "detect_sources")
+__all__ = ("BLEND", "DetectionSettings", "detect_sources", "significance")
 
 import dataclasses
 import math
@@ -30,6 +30,8 @@ class DetectionSettings:
     min_snr: float = 5.0
     """Smallest ratio of flux to its error, and of the height of a peak above the saddle to a higher one to
     the peak of a point source with a flux of one standard error."""
+    min_rise: float = 2.5
+    """Smallest ratio of that height to the standard deviation of ``x``."""
     threshold: float = 0.7
     """Surface brightness at which sources end on ``x``, in units of the peak that a point source with a flux
     of one standard error of the data has there."""
@@ -39,7 +41,7 @@ class DetectionSettings:
 
 
 def detect_sources(
-    model: np.ndarray, sigma: float, coadd: Coadd, settings: DetectionSettings
+    model: np.ndarray, model_error: np.ndarray, sigma: float, coadd: Coadd, settings: DetectionSettings
 ) -> tuple[list[Stamp], list[Stamp]]:
     """Find the sources of a restored image and share its light between them.
 
@@ -47,6 +49,8 @@ def detect_sources(
     ----------
     model : `numpy.ndarray`, (y, x)
         Restored image in nJy, finite.
+    model_error : `numpy.ndarray`, (y, x)
+        Its standard deviation in nJy, 0 where it is not known.
     sigma : `float`
         Sigma in pixels of its Gaussian PSF.
     coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
@@ -62,13 +66,35 @@ def detect_sources(
         The pieces carried to the coadd PSF, for unit flux.
     """
     unit = gaussian_stamp(sigma).max() / np.sqrt(np.maximum(coadd.information, 1e-30))
-    segments, peaks = _segments(model, unit, settings)
+    rise = np.maximum(settings.min_snr * unit, settings.min_rise * model_error)
+    segments, peaks = _segments(model, unit, rise, settings)
     islands = scipy.ndimage.label(segments, np.ones((3, 3)))[0][tuple(peaks.T)]
     return _accepted(_pieces(model, segments, peaks, coadd), islands, coadd, settings)
 
 
+def significance(fit: JointFit, settings: DetectionSettings) -> np.ndarray:
+    """Return the ratio of all fluxes of a fit to their errors, traces of the neighbours included.
+
+    Parameters
+    ----------
+    fit : `~lsst.coadd.deepprior.joint_fit.JointFit`
+        Joint fit of templates.
+    settings : `DetectionSettings`
+        Holds the error of the PSF that leaves such traces.
+
+    Returns
+    -------
+    snr : `numpy.ndarray`, (source,)
+        The ratios.
+    """
+    flux = fit.solution()
+    light = np.maximum(flux, 0.0)
+    neighbours = fit.normal @ light / fit.normal.diagonal() - light
+    return flux / np.hypot(fit.errors(), settings.psf_error * neighbours)
+
+
 def _segments(
-    model: np.ndarray, unit: np.ndarray, settings: DetectionSettings
+    model: np.ndarray, unit: np.ndarray, rise: np.ndarray, settings: DetectionSettings
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divide the model into one segment a peak.
 
@@ -102,7 +128,7 @@ def _segments(
         saddles.append((level[border], basin[first][border], basin[second][border]))
     levels, firsts, seconds = (np.concatenate(values) for values in zip(*saddles, strict=True))
 
-    heights, units = height.ravel(), np.pad(unit, 1).ravel()
+    heights, rises = height.ravel(), np.pad(rise, 1).ravel()
     parent = {int(peak): int(peak) for peak in np.unique(basin[inside])}
 
     def summit(peak: int) -> int:
@@ -112,7 +138,7 @@ def _segments(
 
     for n in np.argsort(-levels, kind="stable"):
         low, high = sorted((summit(int(firsts[n])), summit(int(seconds[n]))), key=lambda peak: heights[peak])
-        least = settings.min_snr * np.hypot(units[low], settings.psf_error * levels[n])
+        least = np.hypot(rises[low], settings.min_snr * settings.psf_error * levels[n])
         if low != high and heights[low] - levels[n] < least:
             parent[low] = high
 
@@ -176,10 +202,7 @@ def _accepted(
     # In units of a piece's own light the template of a merger is the sum of the two.
     fit = JointFit.of([carried[k] for (k,) in groups], coadd)
     while groups:
-        amplitude, error = fit.solution(), fit.errors()
-        light = np.maximum(amplitude, 0.0)
-        neighbours = fit.normal @ light / fit.normal.diagonal() - light
-        snr = amplitude / np.hypot(error, settings.psf_error * neighbours)
+        snr = significance(fit, settings)
         island = islands[[group[0] for group in groups]]
         overlaps = fit.correlation()
         target = np.arange(len(groups))

@@ -30,7 +30,7 @@ import sep
 from astropy import units as u
 from astropy.table import Column, Table
 
-from .deblend import BLEND, DetectionSettings, detect_sources
+from .deblend import BLEND, DetectionSettings, detect_sources, significance
 from .joint_fit import Coadd, JointFit, Stamp, render
 
 APERTURES = (1.0, 1.5, 2.5)
@@ -59,9 +59,9 @@ _COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
             ("flux_err", "Standard error of the flux within {} coadd_fwhm."),
         )
     },
-    "ixx": (float, u.pix**2, "Adaptive second moment of the restored image (at the target PSF), xx."),
-    "iyy": (float, u.pix**2, "Adaptive second moment of the restored image (at the target PSF), yy."),
-    "ixy": (float, u.pix**2, "Adaptive second moment of the restored image (at the target PSF), xy."),
+    "ixx": (float, u.pix**2, "Adaptive second moment on the restored image, target PSF included, xx."),
+    "iyy": (float, u.pix**2, "Adaptive second moment on the restored image, target PSF included, yy."),
+    "ixy": (float, u.pix**2, "Adaptive second moment on the restored image, target PSF included, xy."),
     "coadd_fwhm": (float, u.pix, "FWHM of the plain coadd's PSF at the source; unit of the aperture radii."),
     "is_patch_inner": (
         bool,
@@ -94,6 +94,8 @@ class MeasureInputs:
     ----------
     model : `numpy.ndarray`, (y, x)
         Restored image in nJy; NaN is taken as 0.
+    model_variance : `numpy.ndarray`, (y, x)
+        Its variance in nJy^2, NaN where it is not known.
     target_sigma : `float`
         Sigma in pixels of the Gaussian PSF of ``model``.
     residual : `numpy.ndarray`, (y, x)
@@ -116,6 +118,7 @@ class MeasureInputs:
     """
 
     model: np.ndarray
+    model_variance: np.ndarray
     target_sigma: float
     residual: np.ndarray
     variance: np.ndarray
@@ -126,7 +129,13 @@ class MeasureInputs:
 
     def __post_init__(self) -> None:
         shape = self.model.shape
-        for name, image in {"residual": self.residual, "variance": self.variance, **self.planes}.items():
+        images = {
+            "model_variance": self.model_variance,
+            "residual": self.residual,
+            "variance": self.variance,
+            **self.planes,
+        }
+        for name, image in images.items():
             if image.shape != shape:
                 raise ValueError(
                     f"The {name} image is {image.shape} and the model {shape}; they must be equal."
@@ -181,14 +190,14 @@ def measure_sources(
     if not coadd.good.any():
         return _table({name: np.zeros(0) for name in _COLUMNS})
 
-    pieces, templates = detect_sources(model, inputs.target_sigma, coadd, settings)
+    model_error = np.sqrt(np.where(inputs.model_variance > 0.0, inputs.model_variance, 0.0))
+    pieces, templates = detect_sources(model, model_error, inputs.target_sigma, coadd, settings)
     n_model = len(templates)
     clipped = inputs.planes.get("CLIPPED", np.zeros(coadd.shape, dtype=bool))
     templates += _missed(templates, coadd, clipped, settings)
     while templates:
         fit = JointFit.of(templates, coadd)
-        flux, flux_err = fit.solution(), fit.errors()
-        if (keep := flux >= settings.min_snr * flux_err).all():
+        if (keep := significance(fit, settings) >= settings.min_snr).all():
             break
         n_model = int(keep[:n_model].sum())
         pieces = [piece for piece, kept in zip(pieces, keep, strict=False) if kept]
@@ -196,7 +205,8 @@ def measure_sources(
     if not templates:
         return _table({name: np.zeros(0) for name in _COLUMNS})
 
-    columns: dict[str, np.ndarray] = {"flux": flux, "flux_err": flux_err}
+    flux = fit.solution()
+    columns: dict[str, np.ndarray] = {"flux": flux, "flux_err": fit.errors()}
     n = len(templates)
     shapes = np.full((n, 5), np.nan)
     for k, piece in enumerate(pieces):
@@ -257,10 +267,9 @@ def _missed(
     error = 1.0 / np.sqrt(np.maximum(coadd.information, 1e-30))
     flux = coadd.correlate(coadd.weight * (coadd.image - fitted), power=1) * error**2
     floor = settings.psf_error * np.abs(coadd.correlate(coadd.weight * fitted, power=1)) * error**2
-    snr = np.where(coadd.good, flux / np.hypot(error, floor), 0.0)
-    radius = max(1, round(np.nanmedian(coadd.fwhm)))
-    size = 2 * radius + 1
-    peaks = (snr >= settings.min_snr) & (snr == scipy.ndimage.maximum_filter(snr, size))
+    size = 2 * max(1, round(np.nanmedian(coadd.fwhm))) + 1
+    significant = coadd.good & (flux >= settings.min_snr * np.hypot(error, floor))
+    peaks = significant & (flux / error == scipy.ndimage.maximum_filter(flux / error, size))
     peaks &= ~scipy.ndimage.maximum_filter(clipped, size)
     peaks[[0, -1]], peaks[:, [0, -1]] = False, False
     found = []
@@ -280,33 +289,34 @@ def _centroid(stamp: Stamp) -> tuple[float, float]:
 
 
 def _adaptive_moments(piece: Stamp, sigma: float) -> np.ndarray:
-    """Return ``y, x, iyy, ixx, ixy`` under the elliptical Gaussian weight that fits them (Bernstein &
-    Jarvis 2002).
+    """Return ``y, x, iyy, ixx, ixy`` under the elliptical Gaussian weight that fits the piece.
 
-    A Gaussian gives its own covariance. Where the iteration does not settle, the moments are NaN and the
-    position is that of the peak.
+    A Gaussian gives its own covariance (Bernstein & Jarvis 2002). The iteration runs on the piece smoothed
+    once more with its PSF, which the result is corrected for: pixels do not sample narrower weights. Where
+    it does not settle, the moments are NaN and the position is the centroid.
     """
-    image = np.maximum(piece.array, 0.0)
-    grid = np.indices(image.shape).reshape(2, -1)
+    border = math.ceil(4.0 * sigma)
+    image = scipy.ndimage.gaussian_filter(np.pad(piece.array, border), sigma, mode="constant")
     light = image.ravel()
-    peak = np.array(np.unravel_index(light.argmax(), image.shape), dtype=float)
-    centre, covariance = peak, np.eye(2) * sigma**2
+    grid = np.indices(image.shape).reshape(2, -1).astype(float)
+    centre = np.array(np.unravel_index(light.argmax(), image.shape), dtype=float)
+    smoothing = np.eye(2) * sigma**2
+    covariance = 2.0 * smoothing
     for _ in range(200):
         offset = grid - centre[:, None]
         weighted = light * np.exp(-0.5 * np.einsum("ip,ij,jp->p", offset, np.linalg.inv(covariance), offset))
         weighted /= weighted.sum()
-        centre = grid @ weighted
+        last_centre, centre = centre, grid @ weighted
         offset = grid - centre[:, None]
-        update = 2.0 * (offset * weighted) @ offset.T
-        converged = np.allclose(update, covariance, rtol=1e-4, atol=0.0)
-        covariance = update
+        last, covariance = covariance, 2.0 * (offset * weighted) @ offset.T
         if np.linalg.det(covariance) < 1e-3 or np.trace(covariance) > light.size:
             break
-        if converged:
-            return np.array(
-                [*(centre + (piece.y0, piece.x0)), covariance[0, 0], covariance[1, 1], covariance[0, 1]]
-            )
-    return np.array([*(peak + (piece.y0, piece.x0)), np.nan, np.nan, np.nan])
+        settled = np.allclose(centre, last_centre, rtol=0.0, atol=1e-5)
+        if settled and np.allclose(covariance, last, rtol=0.0, atol=1e-4 * sigma**2):
+            y, x = centre + (piece.y0 - border, piece.x0 - border)
+            moments = covariance - smoothing
+            return np.array([y, x, moments[0, 0], moments[1, 1], moments[0, 1]])
+    return np.array([*_centroid(piece), np.nan, np.nan, np.nan])
 
 
 def _point_and_aperture_fluxes(

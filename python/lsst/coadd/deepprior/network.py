@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("FEATURES", "Features", "Trunk", "blended_base", "encoder_features", "latent_and_slope")
+__all__ = ("FEATURES", "Features", "Trunk", "encoder_features", "latent_and_slope")
 
 import dataclasses
 
@@ -16,16 +16,22 @@ import torch.nn.functional
 from torch import nn
 
 from .baselines import MaximumLikelihood
+from .statistics import SetStatistics
 
 FEATURES = ("coadd", "matched", "early", "base", "residual")
 """Names of the channels that the network reads, in this order."""
 
-_KNEE = 10.0
-"""Signal to noise ratio of a latent pixel at which the base changes from few to many steps of maximum
-likelihood."""
+_SIGNAL = 10.0
+"""Signal to noise ratio of a pixel of the early image above which it may be called bright."""
 
-_GATE = 30.0
-"""Signal to noise ratio of a latent pixel at which half of the network's correction is let through."""
+_UNRESOLVED = 5.0
+"""Significance of what few steps leave of the data above which a bright pixel takes the many-step image."""
+
+_TRUSTED = 20.0
+"""The same significance above which the network's correction of that pixel is held back."""
+
+_NEIGHBOURHOOD = 7
+"""Width in pixels of the box in which that significance is gathered, about the size of a star."""
 
 _LATENT_RANGE = (-12.0, 13.5)
 """Range of z: from 6e-6 to 3.6e5 times the coadd noise."""
@@ -40,8 +46,8 @@ class Features:
     channels : `torch.Tensor`, (set, feature, y, x)
         Images in units of the coadd noise, asinh-stretched, in the order of `FEATURES`.
     start : `torch.Tensor`, (set, y, x)
-        z_0, the base in the network's own variable: few steps where the signal is faint, many where it is
-        strong.
+        z_0, the base in the network's own variable: the image of few steps, which amplifies noise less, and
+        on bright pixels where that does not fit the data yet (stars) the image of many.
     gate : `torch.Tensor`, (set, y, x)
         Part of the network's correction that is let through: next to none in bright stars, where many steps
         of maximum likelihood are already right to a fraction of a per cent.
@@ -86,6 +92,12 @@ def encoder_features(solution: MaximumLikelihood) -> Features:
     sensitivity = torch.maximum(statistics.sensitivity, 1e-2 * typical).clamp_min(tiny)
     noise = sensitivity.rsqrt()
     full = statistics.gram.forward(torch.ones_like(noise)).clamp_min(tiny)
+    leftover = _significance(statistics, statistics.matched - statistics.gram.forward(solution.early), full)
+    signal = (solution.early / (_SIGNAL * noise)).square()
+    bright = signal / (1.0 + signal)
+    unresolved, trusted = ((leftover / level).square() for level in (_UNRESOLVED, _TRUSTED))
+    blend = bright * unresolved / (1.0 + unresolved)
+    base = solution.early + blend * (solution.latent - solution.early)
     images = (
         statistics.coadd,
         statistics.matched / full,
@@ -93,32 +105,30 @@ def encoder_features(solution: MaximumLikelihood) -> Features:
         solution.latent,
         (statistics.matched - statistics.gram.forward(solution.latent)) / full,
     )
-    channels = torch.stack([torch.asinh(image / noise) * covered for image in images], dim=1)
-    base = torch.asinh(blended_base(solution, noise) / noise).clamp_min(0.02)
-    gate = 1.0 / (1.0 + solution.latent / (_GATE * noise))
-    return Features(channels, torch.log(torch.expm1(base)), gate, noise, covered)
+    return Features(
+        channels=torch.stack([torch.asinh(image / noise) * covered for image in images], dim=1),
+        start=torch.log(torch.expm1(torch.asinh(base / noise).clamp_min(0.02))),
+        gate=1.0 - bright * trusted / (1.0 + trusted),
+        noise=noise,
+        covered=covered,
+    )
 
 
-def blended_base(solution: MaximumLikelihood, noise: torch.Tensor) -> torch.Tensor:
-    """Blend the image after few steps, on faint pixels, into that after many steps, on bright ones.
+def _significance(statistics: SetStatistics, gradient: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """Return the largest significance of a gradient in the neighbourhood of a pixel, smoothed.
 
-    Few steps amplify the noise of the sky less, but only many bring bright stars to the target PSF. The
-    weight of the latter is ``s^2 / (1 + s^2)`` with ``s`` a tenth of the early image's signal to noise ratio.
-
-    Parameters
-    ----------
-    solution : `~lsst.coadd.deepprior.baselines.MaximumLikelihood`
-        The two images.
-    noise : `torch.Tensor`, (set, y, x)
-        Coadd noise sigma_c (nJy).
-
-    Returns
-    -------
-    latent : `torch.Tensor`, (set, y, x)
-        Latent image in nJy.
+    The noise of the gradient ``A u - M`` has the variance of the central value of A, which is taken where the
+    set is deepest and scaled with the depth.
     """
-    signal = (solution.early / (_KNEE * noise)).square()
-    return solution.early + (solution.latent - solution.early) * signal / (1.0 + signal)
+    probe = torch.zeros_like(gradient)
+    deepest = statistics.sensitivity.flatten(-2).argmax(dim=-1, keepdim=True)
+    probe.flatten(-2).scatter_(-1, deepest, 1.0)
+    central = ((statistics.gram.forward(probe) / full) * probe).sum(dim=(-2, -1), keepdim=True)
+    significance = gradient.abs() / (central * full).clamp_min(torch.finfo(full.dtype).tiny).sqrt()
+    half = _NEIGHBOURHOOD // 2
+    largest = torch.nn.functional.max_pool2d(significance, _NEIGHBOURHOOD, stride=1, padding=half)
+    padded = torch.nn.functional.pad(largest[:, None], (half,) * 4, mode="replicate")
+    return torch.nn.functional.avg_pool2d(padded, _NEIGHBOURHOOD, stride=1)[:, 0]
 
 
 def latent_and_slope(z: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

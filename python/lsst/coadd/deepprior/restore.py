@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from .baselines import MaximumLikelihood, inner_smooth, maximum_likelihood, polish_bright
-from .network import Features, Trunk, blended_base, encoder_features, latent_and_slope
+from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
 from .observation import Observation
 from .operators import CellLayout
@@ -300,7 +300,7 @@ def restore(
 
     Notes
     -----
-    With a single visit there is nothing to split: the result is the blended maximum-likelihood base, and
+    With a single visit there is nothing to split: the result is the maximum-likelihood base, and
     ``metrics["method"]`` says so.
     """
     started = time.monotonic()
@@ -397,7 +397,8 @@ def _latent(net: Trunk, features: Features) -> torch.Tensor:
 
 def _base_latent(solution: MaximumLikelihood) -> torch.Tensor:
     """Return the latent image of the only set without a network."""
-    return blended_base(solution, encoder_features(solution).noise)[0]
+    features = encoder_features(solution)
+    return latent_and_slope(features.start, features.noise)[0][0]
 
 
 def _image(data: PatchData, latent: torch.Tensor) -> np.ndarray:

@@ -58,6 +58,14 @@ class MeasureDeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=Measur
         min=0.0,
         inclusiveMin=False,
     )
+    min_rise = RangeField(
+        dtype=float,
+        doc="Smallest height of a peak of the restored image above the saddle to a brighter one, in standard "
+        "deviations of the restored image (its variance plane), that makes it a source of its own. Smaller "
+        "values split more close pairs and break more galaxies into pieces.",
+        default=2.5,
+        min=0.0,
+    )
     threshold = RangeField(
         dtype=float,
         doc="Surface brightness of the restored image at which sources end, in units of the peak of a point "
@@ -110,6 +118,7 @@ class MeasureDeepPriorCoaddTask(PipelineTask):
         inner = coadd.patch.inner_bbox
         inputs = MeasureInputs(
             model=coadd.image.array,
+            model_variance=coadd.variance.array,
             target_sigma=fwhm(target[0]) / FWHM_PER_SIGMA,
             residual=residual.image.array,
             variance=residual.variance.array,
@@ -119,7 +128,10 @@ class MeasureDeepPriorCoaddTask(PipelineTask):
             inner=(slice(inner.y.start, inner.y.stop), slice(inner.x.start, inner.x.stop)),
         )
         settings = DetectionSettings(
-            min_snr=self.config.min_snr, threshold=self.config.threshold, psf_error=self.config.psf_error
+            min_snr=self.config.min_snr,
+            min_rise=self.config.min_rise,
+            threshold=self.config.threshold,
+            psf_error=self.config.psf_error,
         )
         sources = measure_sources(inputs, pixel_to_sky, settings)
         self.metadata["n_sources"] = len(sources)
