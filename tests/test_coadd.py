@@ -94,7 +94,9 @@ def restoration() -> SimpleNamespace:
         residual=residual,
         residual_variance=variance[1],
         residual_psf=residual_psf,
+        noise_realizations=[rng.normal(size=(NY, NX)).astype(np.float32)],
         n_visits=n_visits,
+        n_good=n_visits.copy(),
         masked=masked,
         clipped=clipped,
         prior_carried=prior_carried,
@@ -159,6 +161,9 @@ def test_pixels(coadds: tuple[CellCoadd, CellCoadd], restoration: Any) -> None:
     np.testing.assert_array_equal(
         residual.variance.array, np.where(unseen, np.nan, restoration.residual_variance)
     )
+    (noise,) = coadd.noise_realizations
+    np.testing.assert_array_equal(noise.array, np.where(missing, np.nan, restoration.noise_realizations[0]))
+    assert not residual.noise_realizations
     # A pixel without data carries the model, but no variance.
     assert coadd.image.array[7, 8] == restoration.image[7, 8]
     assert np.isnan(coadd.variance.array[7, 8])
@@ -178,8 +183,9 @@ def test_mask_planes(coadds: tuple[CellCoadd, CellCoadd]) -> None:
         assert where(coadd, "PRIOR_CARRIED") == {(7, 8), (9, 10), (9, 11), (9, 12)}
         assert where(coadd, "DETECTED") == set()
         edge = coadd.mask.get("SENSOR_EDGE")
-        assert edge[40:].all()
+        assert edge[40:, :72].all()
         assert not edge[:40].any()
+        assert not edge[cell(1, 2)].any()
 
 
 def test_mask_fraction(coadds: tuple[CellCoadd, CellCoadd]) -> None:
@@ -232,7 +238,7 @@ def test_a_cell_that_only_the_border_of_a_visit_reaches(
     restoration: Any, inputs: tuple[list[Warp], InputPlanes], scene: Scene
 ) -> None:
     # The restored image has the visit, pixel by pixel; the residual coadd has no PSF and so no cell there.
-    restoration.n_visits[40:50, 72:] = 1
+    restoration.n_good[40:50, 72:] = 1
     restoration.cell_good_fraction[2, 1, 2] = 0.25
     restoration.residual[40:50, 72:] = 1.0
     warps, planes = inputs

@@ -13,7 +13,7 @@ import pytest
 import torch
 from toy import gaussian_stars, observe
 
-from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood, polish_bright
+from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
 from lsst.coadd.deepprior.noise import NoisyModel, coadd_layers, entering_visits, local_variance
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp, inner_sigma
@@ -62,15 +62,15 @@ def test_objective_falls_and_outliers_do_not_enter() -> None:
     solution = maximum_likelihood(
         data, everything(data), steps=120, progress=lambda step, n_steps, value: objectives.append(value)
     )
-    after_last_annealing = objectives[4:] + [float(solution.statistics.objective[0])]
-    assert all(
-        b <= a * (1 + 1e-4) for a, b in zip(after_last_annealing, after_last_annealing[1:], strict=False)
-    )
+    # The accelerated steps are not monotonic, but they stay at the floor once they have reached it.
+    settled = objectives[4:] + [float(solution.statistics.objective[0])]
+    assert max(settled) < 0.2 * objectives[0]
+    assert max(settled) < min(settled) * (1 + 1e-3)
     trail = inner_smooth(solution.latent, SIGMA)[0, 8 + 44 : 8 + 46, 8 + 8 : 8 + 24]
     assert float(trail.mean()) < 3.0
 
 
-def test_polish_brings_saturated_cores_to_the_data() -> None:
+def test_saturated_cores_are_those_of_the_visits_that_see_them() -> None:
     """The two sharper of four visits are masked in a bright star's core: the others say what is there."""
     flux = 2e4
     visits = observe(LAYOUT, [(39.2, 30.3, flux)], [1.5, 1.6, 2.0, 2.1], seed=3)
@@ -80,21 +80,20 @@ def test_polish_brings_saturated_cores_to_the_data() -> None:
         visit.good[core] = False
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
     latent = maximum_likelihood(data, everything(data)).latent[0]
-    polished = polish_bright(data, latent)
-    psfs = [v.psf for v in visits]
-    before, after = (coadd_layers(data, u, psfs) for u in (latent, polished))
-    assert np.nanmax(np.abs(after.residual / np.sqrt(after.variance))) < 6.0
-    assert np.nanmax(np.abs(before.residual / np.sqrt(before.variance))) > 50.0
-    box = inner_smooth(polished, SIGMA)[8 + 18 : 8 + 43, 8 + 27 : 8 + 52]
+    layers = coadd_layers(data, latent, [v.psf for v in visits])
+    assert np.nanmax(np.abs(layers.residual / np.sqrt(layers.variance))) < 6.0
+    box = inner_smooth(latent, SIGMA)[8 + 18 : 8 + 43, 8 + 27 : 8 + 52]
     assert float(box.sum()) == pytest.approx(flux, rel=5e-3)
-    left = (slice(12, -12), slice(12, 30))
-    torch.testing.assert_close(polished[left], latent[left], rtol=0.02, atol=0.01)
 
 
-def test_polish_leaves_images_without_masked_bright_pixels_alone() -> None:
-    data = PatchData(observe(LAYOUT, STARS, [1.5, 1.8, 2.1], seed=1), LAYOUT, SIGMA, margin=8)
-    latent = maximum_likelihood(data, everything(data), steps=30).latent[0]
-    assert polish_bright(data, latent) is latent
+def test_star_outside_the_patch_is_modelled_outside() -> None:
+    """The light of a star 3 pixels beyond the border does not pile up inside it."""
+    star = (LAYOUT.shape[1] + 2.0, 30.3, 5e3)
+    visits = observe(LAYOUT, [star], [1.5, 1.6, 2.0, 2.1], seed=3)
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    image = inner_smooth(maximum_likelihood(data, everything(data)).latent, SIGMA)[0, 8:-8, 8:-8].numpy()
+    expected = gaussian_stars(LAYOUT.shape, [star], SIGMA)
+    assert image[:, -3:].sum() == pytest.approx(expected[:, -3:].sum(), abs=0.05 * star[2])
 
 
 def test_layers_of_a_perfect_model() -> None:
@@ -208,8 +207,20 @@ def test_noisy_model_has_the_model_and_the_noise_of_the_visits() -> None:
 def test_local_variance() -> None:
     rng = np.random.default_rng(1)
     sigma = np.where(np.arange(200) < 100, 1.0, 3.0) * np.ones((150, 1))
-    estimate = local_variance([sigma * rng.standard_normal(sigma.shape) for _ in range(4)])
+    draws = [sigma * rng.standard_normal(sigma.shape) for _ in range(4)]
+    estimate = local_variance(draws, np.zeros(sigma.shape), 2.0)
     assert np.median(estimate[:, :90]) == pytest.approx(1.0, rel=0.05)
     assert np.median(estimate[:, 110:]) == pytest.approx(9.0, rel=0.05)
     with pytest.raises(ValueError, match="at least one"):
-        local_variance([])
+        local_variance([], np.zeros(sigma.shape), 2.0)
+
+
+def test_variance_of_a_star_stays_with_the_star() -> None:
+    rng = np.random.default_rng(2)
+    star = gaussian_stars((80, 90), [(40.0, 35.0, 1e5)], 1.0)
+    sigma = np.sqrt(0.2**2 + 0.1 * star)
+    estimate = local_variance([sigma * rng.standard_normal(star.shape) for _ in range(8)], star, 1.0)
+    y, x = np.mgrid[:80, :90]
+    ring = (np.hypot(x - 40.0, y - 35.0) > 8.0) & (np.hypot(x - 40.0, y - 35.0) < 12.0)
+    assert np.median(np.sqrt(estimate[ring])) < 0.3
+    assert np.sqrt(estimate[35, 40]) == pytest.approx(sigma[35, 40], rel=0.4)

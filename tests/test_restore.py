@@ -119,6 +119,41 @@ def test_gap_keeps_the_model_and_is_flagged() -> None:
     assert result.prior_carried.sum() == 20
 
 
+def test_visits_that_cover_a_cell_in_part_are_data() -> None:
+    """One visit has the left 24 columns of the first cells, two others the rest: all of it is data."""
+    visits = observe(LAYOUT, STARS, [1.6, 1.8, 2.2], seed=4)
+    for index, columns in enumerate((slice(0, 24), slice(24, 90), slice(24, 90))):
+        visit = visits[index]
+        visits[index] = dataclasses.replace(
+            visit,
+            flux=visit.flux[:, columns],
+            variance=visit.variance[:, columns],
+            good=visit.good[:, columns],
+            origin=(0, columns.start),
+        )
+    result = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=10))
+    np.testing.assert_array_equal(result.n_good[:, :24], 1)
+    np.testing.assert_array_equal(result.n_good[:, 24:], 2)
+    assert not result.prior_carried.any()
+    assert np.isfinite(result.variance).all()
+    # The visit of the left part covers the most of the first cells and alone enters their residual coadd.
+    np.testing.assert_array_equal(result.n_visits[:, 24:45], 0)
+    assert np.isnan(result.residual[:, 24:45]).all()
+
+
+def test_variance_of_a_saturated_core_is_not_the_error_of_convergence() -> None:
+    visits = observe(LAYOUT, [(39.2, 30.3, 2e4)], [1.5, 1.6, 2.0, 2.1], seed=3)
+    y, x = np.mgrid[: LAYOUT.shape[0], : LAYOUT.shape[1]]
+    core = np.hypot(x - 39.2, y - 30.3) < 4.0
+    for visit in visits[:2]:
+        visit.good[core] = False
+    result = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=10, base_steps=200, n_variance_draws=4))
+    # The peak is 2e4 / (2 pi sigma^2), some 3500 nJy.
+    assert np.sqrt(result.variance[core]).max() < 150.0
+    assert len(result.noise_realizations) == 1
+    assert 0.0 < np.std(result.noise_realizations[0]) < 50.0
+
+
 def test_psf_stamps_of_different_sizes() -> None:
     visits = observe(LAYOUT, STARS, [1.6, 1.8], seed=5, stamp=27)
     visits += observe(LAYOUT, STARS, [1.7, 2.0], seed=6, stamp=21)

@@ -28,8 +28,8 @@ from .statistics import PatchData, SetStatistics
 _PSF_ERRORS = (1.0, 0.3, 0.1, 0.03)
 """PSF errors of the first refreshes: star cores are clipped only once the model has come near them."""
 
-_BRIGHT = 30.0
-"""Signal to noise ratio of a latent pixel from which on `polish_bright` changes it."""
+_MIN_COVERAGE = 1e-3
+"""Part of the prediction that must have data for a pixel to be changed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +74,17 @@ def inner_smooth(latent: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def maximum_likelihood_step(latent: torch.Tensor, statistics: SetStatistics) -> torch.Tensor:
-    r"""Multiply by the ratio of data to prediction, :math:`u \leftarrow u\,\max(M, 0) / (A u)`.
+    r"""Multiply by the ratio of data to prediction, :math:`u \leftarrow u\,K^T(w m \hat y) / K^T(w m K u)`.
 
     This is the multiplicative step for non-negative least squares (Daube-Witherspoon & Muehllehner 1986, IEEE
-    TMI 5, 61); like Richardson-Lucy it keeps u positive and its fixed points are those of the quadratic. The
-    ratio is kept above 0.1 so that a pixel that a later refresh needs can come back.
+    TMI 5, 61) on the clipped data; like Richardson-Lucy it keeps u positive. The prediction is that of the
+    Gram form times the part of it that had data at the linearisation, so that masked pixels, saturated cores
+    and edges slow nothing down. The ratio is kept above 0.1 so that a pixel that a later refresh needs can
+    come back.
     """
-    prediction = statistics.gram.forward(latent).clamp_min(torch.finfo(latent.dtype).tiny)
-    return latent * (statistics.matched / prediction).clamp(0.1, 10.0)
+    prediction = statistics.coverage * statistics.gram.forward(latent)
+    ratio = statistics.seen / prediction.clamp_min(torch.finfo(latent.dtype).tiny)
+    return latent * torch.where(statistics.coverage > _MIN_COVERAGE, ratio.clamp(0.1, 10.0), 1.0)
 
 
 class AcceleratedSteps:
@@ -180,63 +183,3 @@ def maximum_likelihood(
             accelerated = AcceleratedSteps(latent) if accelerated is None else accelerated
             latent = accelerated.step(functools.partial(maximum_likelihood_step, statistics=statistics))
     return MaximumLikelihood(early, latent, data.linearise(members, latent, gram=gram))
-
-
-def polish_bright(
-    data: PatchData,
-    latent: torch.Tensor,
-    *,
-    steps: int = 100,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> torch.Tensor:
-    r"""Take the last steps of bright pixels with masked visits on the visits themselves.
-
-    In the core of a saturated star the Gram form knows nothing of the masks and comes nearer to the data by a
-    small part a refresh. Here every step, :math:`u \leftarrow u\,K^T(w m \hat y) / K^T(w m K u)` with
-    :math:`\hat y` the clipped data, is one pass over the visits.
-
-    Parameters
-    ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
-        The visits.
-    latent : `torch.Tensor`, (y, x)
-        Latent image in nJy; its faint pixels stay as they are.
-    steps : `int`, optional
-        Number of steps.
-    progress : `~collections.abc.Callable`, optional
-        Called with the step, the number of steps and the largest relative change of bright pixels.
-
-    Returns
-    -------
-    latent : `torch.Tensor`, (y, x)
-        The polished image; the same one if no bright pixel has masked visits.
-    """
-    everything = torch.ones(1, len(data), dtype=torch.bool)
-    full = data.gram(everything)[0].forward(torch.ones_like(latent))
-    seen = torch.zeros_like(latent)
-    for _, visit in data.visits():
-        seen += visit.kernel.adjoint(visit.weight)
-    signal = (latent * full.clamp_min(0.0).sqrt() / _BRIGHT).pow(4)
-    free = signal / (1.0 + signal)
-    if not bool(((free > 0.5) & (seen < 0.9 * full)).any()):
-        return latent
-
-    def update(start: torch.Tensor) -> torch.Tensor:
-        seen, predicted = torch.zeros_like(start), torch.zeros_like(start)
-        for _, visit in data.visits():
-            prediction = visit.kernel.forward(start)
-            bound = data.huber_delta * data.scale(visit, prediction)
-            clipped = torch.clamp(visit.flux - prediction, -bound, bound)
-            seen += visit.kernel.adjoint(visit.weight * (prediction + clipped))
-            predicted += visit.kernel.adjoint(visit.weight * prediction)
-        ratio = (seen / predicted.clamp_min(torch.finfo(start.dtype).tiny)).clamp(0.1, 10.0)
-        return start * (1.0 + free * (ratio - 1.0))
-
-    accelerated = AcceleratedSteps(latent)
-    for step in range(steps):
-        before = accelerated.latent
-        after = accelerated.step(update)
-        if progress is not None and (step + 1) % 10 == 0:
-            bright = free > 0.5
-            progress(step + 1, steps, float((after[bright] / before[bright] - 1.0).abs().max()))
-    return accelerated.latent

@@ -45,10 +45,13 @@ MASK_SCHEMA = MaskSchema(
         ),
         MaskPlane(
             "SENSOR_EDGE",
-            "The border of an input visit lies in this cell; the visit is not in the cell's residual coadd.",
+            "An input visit is not in the residual coadd of this cell, since its border lies in the cell.",
         ),
         MaskPlane("DETECTED", "Pixel is part of a detected source; the restoration itself never sets it."),
-        MaskPlane("PRIOR_CARRIED", "The prior, and not the data, carries the restored image here."),
+        MaskPlane(
+            "PRIOR_CARRIED",
+            "The prior, and not the data, carries the restored image here: no visit has a good pixel.",
+        ),
     ]
 )
 """Mask planes of ``deep_prior_coadd`` and ``deep_prior_residual`` (`lsst.images.MaskSchema`)."""
@@ -142,8 +145,8 @@ def make_coadds(
         Elsewhere, pixels without a good visit carry the model's value, the planes ``NO_DATA`` and
         ``PRIOR_CARRIED``, and the variance NaN.
     residual : `lsst.images.cells.CellCoadd`
-        Coadd of data minus model, at the PSF of the plain coadd.  Cells that no visit covers as a whole are
-        missing; pixels without a good visit are NaN, and have the plane ``NO_DATA``.
+        Coadd of data minus model, at the PSF of the plain coadd.  Cells that no visit enters are missing;
+        pixels without a good visit are NaN, and have the plane ``NO_DATA``.
 
     Raises
     ------
@@ -162,20 +165,25 @@ def make_coadds(
             f"The cell weights have the shape {restoration.cell_weight.shape}, there are {len(warps)} visits "
             f"and {n_cells} cells."
         )
-    seen = restoration.n_visits > 0
-    partly_covered = np.any((restoration.cell_overlap > 0.0) & (restoration.cell_overlap < 1.0), axis=0)
+    seen = restoration.n_good > 0
+    left_out = np.any((restoration.cell_good_fraction > 0.0) & (restoration.cell_weight == 0.0), axis=0)
     rejected = input_planes.planes["REJECTED"] | restoration.clipped
     planes = {
         **input_planes.planes,
         "CLIPPED": restoration.clipped,
         "REJECTED": rejected,
         "INEXACT_PSF": restoration.masked | rejected,
-        "SENSOR_EDGE": fill_cells(partly_covered, grid),
+        "SENSOR_EDGE": fill_cells(left_out, grid),
         "PRIOR_CARRIED": restoration.prior_carried | ~seen,
     }
 
     def assemble(
-        image: np.ndarray, variance: np.ndarray, psf: np.ndarray, no_data: np.ndarray, contributes: np.ndarray
+        image: np.ndarray,
+        variance: np.ndarray,
+        psf: np.ndarray,
+        no_data: np.ndarray,
+        contributes: np.ndarray,
+        noise: Sequence[np.ndarray] = (),
     ) -> CellCoadd:
         has_psf = np.isfinite(psf).all(axis=(2, 3))
         missing = fill_cells(~has_psf, grid)
@@ -187,6 +195,7 @@ def make_coadds(
             _image(np.where(missing, np.nan, image), patch, u.nJy),
             mask=mask,
             variance=_image(np.where(missing | no_data, np.nan, variance), patch, u.nJy**2),
+            noise_realizations=[_image(np.where(missing, np.nan, n), patch) for n in noise],
             mask_fractions={"rejected": _image(input_planes.rejected_fraction, patch)},
             sky_projection=sky_projection,
             band=band,
@@ -207,7 +216,12 @@ def make_coadds(
     any_seen = seen.reshape(n_cells[0], grid.cell_shape.y, n_cells[1], grid.cell_shape.x).any(axis=(1, 3))
     target_psf = np.where(any_seen[:, :, np.newaxis, np.newaxis], restoration.target_psf, np.nan)
     coadd = assemble(
-        restoration.image, restoration.variance, target_psf, ~seen, restoration.cell_good_fraction > 0.0
+        restoration.image,
+        restoration.variance,
+        target_psf,
+        ~seen,
+        restoration.cell_good_fraction > 0.0,
+        restoration.noise_realizations,
     )
     residual = assemble(
         restoration.residual,

@@ -25,10 +25,7 @@ _SIGNAL = 10.0
 """Signal to noise ratio of a pixel of the early image above which it may be called bright."""
 
 _UNRESOLVED = 5.0
-"""Significance of what few steps leave of the data above which a bright pixel takes the many-step image."""
-
-_TRUSTED = 20.0
-"""The same significance above which the network's correction of that pixel is held back."""
+"""Significance of what few steps leave of the data above which a bright pixel is taken for a star."""
 
 _NEIGHBOURHOOD = 7
 """Width in pixels of the box in which that significance is gathered, about the size of a star."""
@@ -91,13 +88,12 @@ def encoder_features(solution: MaximumLikelihood) -> Features:
     covered = statistics.sensitivity > 1e-2 * typical
     sensitivity = torch.maximum(statistics.sensitivity, 1e-2 * typical).clamp_min(tiny)
     noise = sensitivity.rsqrt()
-    full = statistics.gram.forward(torch.ones_like(noise)).clamp_min(tiny)
+    full = torch.maximum(statistics.gram.forward(torch.ones_like(noise)), 1e-2 * typical).clamp_min(tiny)
     leftover = _significance(statistics, statistics.matched - statistics.gram.forward(solution.early), full)
     signal = (solution.early / (_SIGNAL * noise)).square()
-    bright = signal / (1.0 + signal)
-    unresolved, trusted = ((leftover / level).square() for level in (_UNRESOLVED, _TRUSTED))
-    blend = bright * unresolved / (1.0 + unresolved)
-    base = solution.early + blend * (solution.latent - solution.early)
+    unresolved = (leftover / _UNRESOLVED).square()
+    star = signal / (1.0 + signal) * unresolved / (1.0 + unresolved)
+    base = solution.early + star * (solution.latent - solution.early)
     images = (
         statistics.coadd,
         statistics.matched / full,
@@ -108,7 +104,7 @@ def encoder_features(solution: MaximumLikelihood) -> Features:
     return Features(
         channels=torch.stack([torch.asinh(image / noise) * covered for image in images], dim=1),
         start=torch.log(torch.expm1(torch.asinh(base / noise).clamp_min(0.02))),
-        gate=1.0 - bright * trusted / (1.0 + trusted),
+        gate=1.0 - star,
         noise=noise,
         covered=covered,
     )

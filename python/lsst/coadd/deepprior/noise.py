@@ -53,6 +53,8 @@ class CoaddLayers:
         PSF of both in every cell; NaN in cells that no visit enters.
     n_visits : `numpy.ndarray`, (y, x), int16
         Number of accepted pixels.
+    n_good : `numpy.ndarray`, (y, x), int16
+        Number of visits with a good pixel, also of those that do not enter the coadds of the cell.
     masked, clipped : `numpy.ndarray`, (y, x), bool
         Whether a visit of the cell was masked, or rejected as an outlier, in the pixel.
     weight : `numpy.ndarray`, (visit, i, j)
@@ -66,6 +68,7 @@ class CoaddLayers:
     variance: np.ndarray
     psf: np.ndarray
     n_visits: np.ndarray
+    n_good: np.ndarray
     masked: np.ndarray
     clipped: np.ndarray
     weight: np.ndarray
@@ -134,7 +137,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, psfs: Sequence[np.ndarra
     )
     # All good pixels, and those that are no outliers.
     total, accepted_total = np.zeros((5, *layout.shape)), np.zeros((5, *layout.shape))
-    count, n_rejected, n_entering = (np.zeros(layout.shape, dtype=np.int16) for _ in range(3))
+    count, n_good, n_rejected, n_entering = (np.zeros(layout.shape, dtype=np.int16) for _ in range(4))
     reject = int((data.weight > 0.0).any(axis=(1, 2)).sum()) >= _MIN_VISITS_FOR_OUTLIERS
     size = max(psf.shape[-1] for psf in psfs)
     psf = np.zeros((layout.n_i, layout.n_j, size, size))
@@ -143,7 +146,9 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, psfs: Sequence[np.ndarra
         residual = visit.flux - prediction
         good = visit.weight > 0
         pixel_weight = data.pixel_weight(weight[index])
-        w = pixel_weight * good[inner].cpu().numpy()
+        seen = good[inner].cpu().numpy()
+        n_good += seen
+        w = pixel_weight * seen
         variance = np.where(w > 0, visit.variance[inner].cpu().numpy(), 1.0)
         difference = residual[inner].cpu().numpy().astype(np.float64)
         terms = w * np.stack(
@@ -180,6 +185,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, psfs: Sequence[np.ndarra
         variance=variance.astype(np.float32),
         psf=psf,
         n_visits=n_visits,
+        n_good=n_good,
         masked=n_visits < n_entering,
         clipped=clipped,
         weight=weight,
@@ -226,22 +232,35 @@ class NoisyModel(Sequence[Observation]):
         return dataclasses.replace(original, flux=(prediction + noise * sigma).astype(np.float32))
 
 
-def local_variance(differences: Sequence[np.ndarray], smoothing: float = 3.0) -> np.ndarray:
+def local_variance(
+    differences: Sequence[np.ndarray], image: np.ndarray, noise: float, smoothing: float = 3.0
+) -> np.ndarray:
     """Estimate the variance of an image from differences that noise alone made.
+
+    Squares are averaged in a neighbourhood in units of ``noise^2 + noise * image``, which follows the steep
+    rise of the noise towards bright sources, so that it does not spread over their surroundings.
 
     Parameters
     ----------
     differences : `~collections.abc.Sequence` [`numpy.ndarray`], (y, x)
-        Independent realisations of the noise of the image.
+        Independent realisations of the noise of the image; their mean is subtracted if there are several.
+    image : `numpy.ndarray`, (y, x)
+        The image, not negative.
+    noise : `float`
+        Noise of the coadd, in the unit of the image.
     smoothing : `float`, optional
-        Sigma in pixels of the Gaussian neighbourhood over which squares are averaged.
+        Sigma in pixels of the Gaussian neighbourhood.
 
     Returns
     -------
     variance : `numpy.ndarray`, (y, x), float32
-        Squared unit of the differences.
+        Squared unit of the image.
     """
     if not differences:
         raise ValueError("A variance needs at least one realisation of the noise.")
-    mean_square = np.mean([np.square(d, dtype=np.float64) for d in differences], axis=0)
-    return scipy.ndimage.gaussian_filter(mean_square, smoothing, mode="reflect").astype(np.float32)
+    scale = noise**2 + noise * image.astype(np.float64)
+    draws = np.array(differences, dtype=np.float64)
+    mean_square = draws.var(axis=0, ddof=1) if len(draws) > 1 else draws[0] ** 2
+    return (scale * scipy.ndimage.gaussian_filter(mean_square / scale, smoothing, mode="reflect")).astype(
+        np.float32
+    )

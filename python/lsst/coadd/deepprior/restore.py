@@ -23,19 +23,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from .baselines import MaximumLikelihood, inner_smooth, maximum_likelihood, polish_bright
+from .baselines import MaximumLikelihood, inner_smooth, maximum_likelihood
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
 from .observation import Observation
 from .operators import CellLayout
 from .psf import FWHM_PER_SIGMA, fwhm, gaussian_stamp, target_sigma
-from .statistics import NothingToRestoreError, PatchData, deal_splits
+from .statistics import NothingToRestoreError, PatchData, SetStatistics, deal_splits
 
 Progress = Callable[[str, int, int, float], None]
 """Called with the phase, the step, the number of steps and the loss."""
 
 _MARGIN = 16
 """Width in pixels of the canvas around the patch, for the light of sources just outside."""
+
+_N_PUBLISHED = 1
+"""Number of noise realisations that are kept."""
 
 _AVERAGING = 0.99
 """Decay of the running mean of the weights, which is the network that is used."""
@@ -116,8 +119,12 @@ class Restoration:
         visit is.
     residual_psf : `numpy.ndarray`, (cell_i, cell_j, k, k)
         PSF of both; NaN in cells without a visit.
+    noise_realizations : `list` [`numpy.ndarray`], float32
+        Realisations of the noise of ``image``, in nJy.
     n_visits : `numpy.ndarray`, int16
-        Number of visits with an accepted pixel.
+        Number of visits with an accepted pixel in the coadds.
+    n_good : `numpy.ndarray`, int16
+        Number of visits with a good pixel; 0 where no visit constrains ``image``.
     masked, clipped : `numpy.ndarray`, bool
         Whether a visit was masked, or rejected as an outlier, in the pixel.
     prior_carried : `numpy.ndarray`, bool
@@ -140,7 +147,9 @@ class Restoration:
     residual: np.ndarray
     residual_variance: np.ndarray
     residual_psf: np.ndarray
+    noise_realizations: list[np.ndarray]
     n_visits: np.ndarray
+    n_good: np.ndarray
     masked: np.ndarray
     clipped: np.ndarray
     prior_carried: np.ndarray
@@ -180,10 +189,11 @@ def _turned_back(image: torch.Tensor, turn: int) -> torch.Tensor:
 class _Fit:
     """Fit of the network to the splits of a patch.
 
-    The gradient of the loss with respect to z is ``(A u - M) du/dz``, taken on the visits that the encoder
+    The gradient of the loss with respect to z is ``(c A u - N) du/dz``, with N the matched image of the
+    clipped data and c the part of the prediction that has data. It is taken on the visits that the encoder
     did not read, and divided by ``sqrt(1 + (du/dz)^2 D)``, D the diagonal scale of A, so that bright stars do
-    not own the fit. Features are turned and mirrored at random, which keeps the network from learning the
-    noise of the patch by heart.
+    not own the fit. Features are turned and mirrored at random, which keeps the network from learning the noise
+    of the patch by heart.
     """
 
     def __init__(
@@ -218,7 +228,7 @@ class _Fit:
         order: list[int] = []
         for step in range(settings.steps):
             if step % settings.refresh_every == 0:
-                matched = self._refresh(features, step, progress)
+                statistics = self._refresh(features, step, progress)
             if not order:
                 order = torch.randperm(n_splits, generator=self._generator).tolist()
             split = order.pop()
@@ -228,7 +238,8 @@ class _Fit:
             z = one.start + one.gate * correction
             with torch.no_grad():
                 latent, slope = latent_and_slope(z, one.noise)
-                gradient = (self._gram[split].forward(latent) - matched[split]) * slope * one.covered
+                prediction = statistics.coverage[split] * self._gram[split].forward(latent)
+                gradient = (prediction - statistics.seen[split]) * slope * one.covered
                 gradient /= torch.sqrt(1.0 + slope.square() * scale[split])
             optimizer.zero_grad(set_to_none=True)
             z.backward(gradient / gradient.numel())
@@ -242,8 +253,8 @@ class _Fit:
                 parameter.copy_(average)
         self._refresh(features, settings.steps, progress)
 
-    def _refresh(self, features: Features, step: int, progress: Progress | None) -> torch.Tensor:
-        """Linearise the loss side of every split at that split's own model; return the matched images."""
+    def _refresh(self, features: Features, step: int, progress: Progress | None) -> SetStatistics:
+        """Linearise the loss side of every split at that split's own model."""
         with torch.no_grad():
             models = torch.stack(
                 [
@@ -258,7 +269,7 @@ class _Fit:
             raise FloatingPointError(f"The fit diverged at step {step}; lower the learning rate.")
         if progress is not None:
             progress("fit", step, self._settings.steps, held_out)
-        return statistics.matched
+        return statistics
 
 
 def restore(
@@ -326,10 +337,6 @@ def restore(
         if progress is not None:
             progress("base", step, n_steps, objective)
 
-    def polish_progress(step: int, n_steps: int, change: float) -> None:
-        if progress is not None:
-            progress("polish", step, n_steps, change)
-
     usable = torch.as_tensor((data.weight > 0.0).any(axis=(1, 2)))
     everything = usable[None]
     split = int(usable.sum()) > 1 and settings.steps > 0
@@ -357,14 +364,13 @@ def restore(
         latent = _base_latent(solution)
         times["base"] = time.monotonic() - mark
     mark = time.monotonic()
-    latent = polish_bright(data, latent, progress=polish_progress)
     image = _image(data, latent)
     layers = coadd_layers(data, latent, psfs)
-    times["polish and coadd"] = time.monotonic() - mark
+    times["coadd"] = time.monotonic() - mark
     mark = time.monotonic()
-    variance = _variance(observations, data, latent, everything, net, settings, progress)
+    variance, draws = _variance(observations, data, latent, everything, net, settings, progress)
     times["noise"] = time.monotonic() - mark
-    covered = layers.n_visits > 0
+    covered = layers.n_good > 0
     times["total"] = time.monotonic() - started
     return Restoration(
         image=image,
@@ -375,7 +381,9 @@ def restore(
         residual=layers.residual,
         residual_variance=layers.variance,
         residual_psf=layers.psf,
+        noise_realizations=draws[:_N_PUBLISHED],
         n_visits=layers.n_visits,
+        n_good=layers.n_good,
         masked=layers.masked,
         clipped=layers.clipped,
         prior_carried=~covered,
@@ -416,8 +424,8 @@ def _variance(
     net: Trunk | None,
     settings: RestoreSettings,
     progress: Progress | None,
-) -> np.ndarray:
-    """Restore new noise on the model itself and return the variance of what changes."""
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Restore new noise on the model itself; return the variance of what changes, and the changes."""
     image = _image(data, latent)
     differences = []
     for draw in range(settings.n_variance_draws):
@@ -429,7 +437,8 @@ def _variance(
         differences.append(_image(data, again) - image)
         if progress is not None:
             progress("noise", draw + 1, settings.n_variance_draws, float(np.std(differences[-1])))
-    return local_variance(differences)
+    depth = data.weight.sum(axis=0)
+    return local_variance(differences, image, float(np.median(depth[depth > 0.0])) ** -0.5), differences
 
 
 def _metrics(
@@ -445,11 +454,15 @@ def _metrics(
     times: dict[str, float],
 ) -> dict[str, Any]:
     """Collect the numbers of the run."""
-    covered = layers.n_visits > 0
-    coadd_noise = float(np.sqrt(np.nanmedian(layers.variance))) if covered.any() else math.nan
+    covered = layers.n_good > 0
+    seen = layers.n_visits > 0
+    n_used = int((layers.weight > 0).any(axis=(1, 2)).sum())
+    method = "network" if split else "maximum likelihood: no steps asked for"
+    if n_used < 2:
+        method = "maximum likelihood: one visit cannot be split"
     return {
-        "method": "network" if split else "maximum likelihood (no visits to split)",
-        "n_visits": int((layers.weight > 0).any(axis=(1, 2)).sum()),
+        "method": method,
+        "n_visits": n_used,
         "settings": dataclasses.asdict(settings),
         "psf": {
             "target_fwhm_pixels": sigma * FWHM_PER_SIGMA,
@@ -458,17 +471,26 @@ def _metrics(
             },
         },
         "noise": {
-            "coadd_sigma_nJy": coadd_noise,
-            "restored_sigma_nJy": float(np.sqrt(np.median(variance[covered]))) if covered.any() else math.nan,
+            "coadd_sigma_nJy": _root_median(layers.variance[seen]),
+            "restored_sigma_nJy": _root_median(variance[covered]),
         },
         "residual": {
             "chi2_per_pixel": layers.chi2,
-            "median_nJy": float(np.nanmedian(layers.residual)) if covered.any() else math.nan,
+            "median_nJy": float(np.median(layers.residual[seen])),
             "clipped_fraction": float(layers.clipped.mean()),
         },
         "held_out": {"first": curves["held_out"][0], "last": curves["held_out"][-1]}
         if curves["held_out"]
         else {},
-        "flux": {"restored_total_nJy": float(image[covered].sum(dtype=np.float64))},
+        "flux": {
+            "restored_total_nJy": float(image[seen].sum(dtype=np.float64)),
+            "residual_total_nJy": float(layers.residual[seen].sum(dtype=np.float64)),
+            "coadd_total_nJy": float(layers.coadd[seen].sum(dtype=np.float64)),
+        },
         "seconds": times,
     }
+
+
+def _root_median(variance: np.ndarray) -> float:
+    """Return the root of the median."""
+    return float(np.sqrt(np.median(variance)))

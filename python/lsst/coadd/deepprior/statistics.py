@@ -64,6 +64,11 @@ class SetStatistics:
         The operator A.
     matched : `torch.Tensor`, (set, y, x)
         The image M on the canvas, in 1/nJy.
+    seen : `torch.Tensor`, (set, y, x)
+        ``sum_t K_t^T w_t m_t y^_t`` with y^ the clipped data: M without what stands in for masked pixels, in
+        1/nJy.
+    coverage : `torch.Tensor`, (set, y, x)
+        ``sum_t K_t^T w_t m_t K_t u_0`` over ``A u_0``: the part of the prediction of A that has data, 0 to 1.
     sensitivity : `torch.Tensor`, (set, y, x)
         ``sum_t K_t^T w_t m_t``: the inverse variance with which the set sees a pixel of the canvas (1/nJy^2).
     depth : `torch.Tensor`, (set, y, x)
@@ -76,6 +81,8 @@ class SetStatistics:
 
     gram: CellConvolution
     matched: torch.Tensor
+    seen: torch.Tensor
+    coverage: torch.Tensor
     sensitivity: torch.Tensor
     depth: torch.Tensor
     coadd: torch.Tensor
@@ -118,7 +125,7 @@ class PatchData:
         *,
         margin: int = 16,
         huber_delta: float = 1.5,
-        psf_error: float = 0.005,
+        psf_error: float = 0.01,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -302,6 +309,7 @@ class PatchData:
         """
         gram = self.gram(members) if gram is None else gram
         gradient = torch.zeros_like(models)
+        predicted = torch.zeros_like(models)
         sensitivity = torch.zeros_like(models)
         depth = torch.zeros_like(models)
         weighted = torch.zeros_like(models)
@@ -317,18 +325,23 @@ class PatchData:
             scale = self.scale(visit, prediction, psf_error)
             clipped = torch.clamp(residual, -delta * scale, delta * scale) if clip else residual
             gradient[sets] += visit.kernel.adjoint(visit.weight * clipped)
+            predicted[sets] += visit.kernel.adjoint(visit.weight * prediction)
             sensitivity[sets] += visit.kernel.adjoint(visit.weight)
             depth[sets] += visit.weight
             weighted[sets] += visit.weight * (prediction + clipped)
             huber = (residual - 0.5 * clipped) * clipped
             objective[sets] += (visit.weight * huber).sum(dim=(-2, -1))
             count[sets] += (visit.weight > 0).sum()
+        tiny = torch.finfo(self.dtype).tiny
+        everywhere = gram.forward(models)
         return SetStatistics(
             gram=gram,
-            matched=gram.forward(models) + gradient,
+            matched=everywhere + gradient,
+            seen=predicted + gradient,
+            coverage=(predicted / everywhere.clamp_min(tiny)).clamp(0.0, 1.0),
             sensitivity=sensitivity,
             depth=depth,
-            coadd=torch.where(depth > 0, weighted / depth.clamp_min(torch.finfo(self.dtype).tiny), 0.0),
+            coadd=torch.where(depth > 0, weighted / depth.clamp_min(tiny), 0.0),
             objective=objective / count.clamp_min(1.0),
         )
 
@@ -363,7 +376,7 @@ def deal_splits(
     """Deal visits to the two sides of several splits, one for the encoder and one for the loss.
 
     Every third visit is left out for the loss (at least one), such that all visits are left out equally
-    often; two and three visits give every leave-one-out split.
+    often; two to four visits give every leave-one-out split.
 
     Parameters
     ----------
