@@ -192,8 +192,8 @@ class _Fit:
     The gradient of the loss with respect to z is ``(c A u - N) du/dz``, with N the matched image of the
     clipped data and c the part of the prediction that has data. It is taken on the visits that the encoder
     did not read, and divided by ``sqrt(1 + (du/dz)^2 D)``, D the diagonal scale of A, so that bright stars do
-    not own the fit. Features are turned and mirrored at random, which keeps the network from learning the noise
-    of the patch by heart.
+    not own the fit. Features are turned and mirrored at random, which keeps the network from learning the
+    noise of the patch by heart.
     """
 
     def __init__(
@@ -339,12 +339,15 @@ def restore(
 
     usable = torch.as_tensor((data.weight > 0.0).any(axis=(1, 2)))
     everything = usable[None]
-    split = int(usable.sum()) > 1 and settings.steps > 0
+    n_usable = int(usable.sum())
+    method = "network" if n_usable > 1 else "maximum likelihood: one visit cannot be split"
+    if settings.steps == 0:
+        method = "maximum likelihood: no steps asked for"
     mark = time.monotonic()
     net: Trunk | None = None
-    if split:
+    if method == "network":
         generator = torch.Generator().manual_seed(settings.seed)
-        dealt = deal_splits(int(usable.sum()), settings.n_splits, generator)
+        dealt = deal_splits(n_usable, settings.n_splits, generator)
         encoder, loss = (torch.zeros(len(side), len(data), dtype=torch.bool) for side in dealt)
         encoder[:, usable], loss[:, usable] = dealt
         sides = torch.cat([encoder, everything])
@@ -392,7 +395,7 @@ def restore(
         cell_overlap=data.overlap,
         curves=curves,
         metrics=_metrics(
-            observations, seeing, sigma, layers, image, variance, split, settings, curves, times
+            observations, seeing, sigma, layers, image, variance, method, n_usable, settings, curves, times
         ),
     )
 
@@ -448,7 +451,8 @@ def _metrics(
     layers: CoaddLayers,
     image: np.ndarray,
     variance: np.ndarray,
-    split: bool,
+    method: str,
+    n_usable: int,
     settings: RestoreSettings,
     curves: dict[str, list[float]],
     times: dict[str, float],
@@ -456,13 +460,9 @@ def _metrics(
     """Collect the numbers of the run."""
     covered = layers.n_good > 0
     seen = layers.n_visits > 0
-    n_used = int((layers.weight > 0).any(axis=(1, 2)).sum())
-    method = "network" if split else "maximum likelihood: no steps asked for"
-    if n_used < 2:
-        method = "maximum likelihood: one visit cannot be split"
     return {
         "method": method,
-        "n_visits": n_used,
+        "n_visits": n_usable,
         "settings": dataclasses.asdict(settings),
         "psf": {
             "target_fwhm_pixels": sigma * FWHM_PER_SIGMA,
