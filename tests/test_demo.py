@@ -10,6 +10,7 @@ import click.testing
 import pytest
 
 from lsst.coadd.deepprior import demo
+from lsst.daf.butler import Butler, CollectionType
 
 
 @pytest.fixture
@@ -58,3 +59,53 @@ def test_failing_step_ends_in_one_sentence(small: None, tmp_path: Path) -> None:
     result = click.testing.CliRunner().invoke(demo.main, [str(outdir)])
     assert result.exit_code == 1
     assert "failed with exit status 1" in result.output
+    assert "'make clean', or removing the folder of the demo, starts over." in result.output
+    assert (outdir / "repo" / "something_else").exists()
+
+
+def test_interrupted_before_the_first_dataset_is_not_complete(tmp_path: Path) -> None:
+    """What pipetask leaves that is stopped after it has made its collections."""
+    Butler.makeRepo(str(tmp_path))
+    with Butler.from_config(str(tmp_path), writeable=True) as butler:
+        butler.collections.register(demo._OUTPUT, CollectionType.CHAINED)
+        butler.collections.register(f"{demo._OUTPUT}/1", CollectionType.RUN)
+        butler.collections.redefine_chain(demo._OUTPUT, [f"{demo._OUTPUT}/1"])
+        assert not demo._is_complete(butler)
+
+
+def test_another_scene_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warps and repository are kept while the scene is the same; one of unknown origin is kept always."""
+    calls = []
+
+    def simulate(command: str, *arguments: str | Path) -> None:
+        calls.append(arguments)
+        (tmp_path / "warps").mkdir()
+        (tmp_path / "warps" / f"warp_{len(calls)}.fits").touch()
+
+    monkeypatch.setattr(demo, "_run", simulate)
+    warps, repo = tmp_path / "warps", tmp_path / "repo"
+
+    def names() -> list[str]:
+        repo.mkdir(exist_ok=True)
+        return [path.name for path in demo._simulate(warps, repo)]
+
+    assert names() == ["warp_1.fits"]
+    assert names() == ["warp_1.fits"]
+    assert repo.exists()
+    monkeypatch.setattr(demo, "_VISITS", 5)
+    assert names() == ["warp_2.fits"]
+    assert not repo.exists()
+    assert calls[-1][calls[-1].index("--visits") + 1] == "5"
+    (warps / "complete").unlink()
+    assert names() == ["warp_3.fits"]
+    assert repo.exists()  # it is not known to be the demo's
+
+
+def test_as_many_processes_as_cores_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {5, 6, 7}, raising=False)
+    assert demo._n_processes() == 3
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(32)), raising=False)
+    assert demo._n_processes() == 4
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert demo._n_processes() == 4

@@ -20,7 +20,7 @@ from lsst.coadd.deepprior.evaluate import (
     split_pairs,
 )
 from lsst.coadd.deepprior.joint_fit import Coadd
-from lsst.coadd.deepprior.psf import gaussian_stamp
+from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA, gaussian_stamp
 from lsst.coadd.deepprior.truth import render
 from lsst.images import Box
 
@@ -49,7 +49,7 @@ def truth(rows: list[tuple[float, float, float, int]], kind: str = "star") -> Ta
     )
 
 
-FIELD = truth([(330.3, 530.2, 900.0, -1), (370.0, 590.4, 700.0, 0), (373.1, 591.0, 650.0, 0)])
+FIELD = truth([(330.3, 530.2, 900.0, -1), (370.0, 590.4, 700.0, 0), (373.1, 591.0, 450.0, 0)])
 
 
 def plain_coadd(catalogue: Table, model: np.ndarray, seed: int = 1) -> Coadd:
@@ -97,6 +97,50 @@ def test_plain_coadd_detects_stars_and_blends_the_pair() -> None:
     assert (index[1:] >= 0).sum() == 1
     assert found.flux[index[0]] == pytest.approx(900.0, rel=0.05)
     assert len(found.x) <= 3
+    # Centred pixels would be off by (0.3, 0.2) and the error is about 0.03.
+    np.testing.assert_allclose([found.x[index[0]], found.y[index[0]]], [330.3, 530.2], atol=0.12)
+
+
+def test_wings_of_stars_are_no_blank_sky() -> None:
+    """Neither those of a Moffat star in the patch nor those of a brighter one beyond its border."""
+    catalogue = truth([(330.3, 530.2, 1e5, -1), (395.0, 645.0, 3e6, -1)])
+    moffat = galsim.Moffat(beta=3.5, fwhm=COADD_SIGMA * SCALE * FWHM_PER_SIGMA)
+    data = galsim.Image(NOISE * np.random.default_rng(2).standard_normal(BOX.shape))
+    data.setOrigin(BOX.x.start, BOX.y.start)
+    for x, y, flux in catalogue["x", "y", "flux_nJy"].iterrows():
+        star = moffat.withFlux(flux).drawImage(
+            nx=301, ny=301, scale=SCALE, center=galsim.PositionD(x, y), method="no_pixel", dtype=float
+        )
+        overlap = star.bounds & data.bounds
+        data[overlap] += star[overlap]
+    stamp = moffat.drawImage(nx=25, ny=25, scale=SCALE, method="no_pixel", dtype=float).array
+    model = render(catalogue, SIGMA, BOX)
+    zero, variance = np.zeros(BOX.shape), np.full(BOX.shape, NOISE**2)
+    psf = (stamp / stamp.sum())[None, None]
+    carried = Coadd(model, SIGMA, zero, variance, psf).image
+    coadd = Coadd(model, SIGMA, data.array - carried, variance, psf)
+    sources = Table({"x": [], "y": [], "flux": []})
+    gains = evaluate(coadd, model, SIGMA, sources, catalogue, BOX, SCALE)
+    numbers = {gain.name: gain.numbers() for gain in gains}
+    for name in ("rms of the blank sky (nJy)", "robust scatter of the blank sky (nJy)"):
+        assert numbers[name][0] == pytest.approx(NOISE, rel=0.05)
+        assert numbers[name][1] == pytest.approx(0.0, abs=1e-3)
+    # Nowhere in the patch is the sky blank when the star beyond the border is far brighter.
+    catalogue["flux_nJy"][1] = 1e9
+    gains = evaluate(coadd, model, SIGMA, sources, catalogue, BOX, SCALE)
+    assert np.isnan({gain.name: gain.numbers() for gain in gains}["rms of the blank sky (nJy)"][0])
+
+
+def test_star_beside_one_beyond_the_border_is_not_isolated() -> None:
+    """The bright star 4 arcsec away, outside the image, would be seen in the flux of the one inside."""
+    inside, outside = (381.0, 530.2, 900.0, -1), (401.0, 530.2, 9000.0, -1)
+    sources = Table({"x": [381.0], "y": [530.2], "flux": [900.0]})
+    for rows, n in (([inside], 1), ([inside, outside], 0)):
+        catalogue = truth(rows)
+        model = render(catalogue, SIGMA, BOX)
+        gains = evaluate(plain_coadd(catalogue, model), model, SIGMA, sources, catalogue, BOX, SCALE)
+        counts = {gain.name: len(gain.restored) for gain in gains}
+        assert counts["flux in the image, stars with S/N > 20 (%)"] == n
 
 
 def test_evaluation_of_a_perfect_restoration() -> None:
@@ -105,7 +149,8 @@ def test_evaluation_of_a_perfect_restoration() -> None:
     gains = evaluate(plain_coadd(FIELD, model), model, SIGMA, sources, FIELD, BOX, SCALE)
     numbers = {gain.name: gain.numbers() for gain in gains}
     assert numbers["seeing, FWHM of the PSF (arcsec)"] == pytest.approx((0.8948, 0.4239), rel=1e-3)
-    assert numbers["rms of the blank sky (nJy)"][0] == pytest.approx(NOISE, rel=0.05)
+    for name in ("rms of the blank sky (nJy)", "robust scatter of the blank sky (nJy)"):
+        assert numbers[name] == pytest.approx((NOISE, 0.0), rel=0.05, abs=1e-3)
     assert numbers["flux in the image, stars with S/N > 20 (%)"][1] == pytest.approx(0.0, abs=0.5)
     assert numbers["flux in the catalogue, stars with S/N > 20 (%)"][1] == pytest.approx(0.0, abs=1e-9)
     assert numbers["size of stars with S/N > 100 against the PSF (%)"][1] == pytest.approx(0.0, abs=0.1)

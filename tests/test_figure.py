@@ -26,6 +26,7 @@ def make_sources(rows: list[tuple[float, float, float]], **columns: list[float])
     table = Table({"x": x, "y": y, "flux": flux})
     table["flux_err"] = 10.0
     table["ixx"] = table["iyy"] = 1.0
+    table["ixy"] = 0.0
     for flag in FLAGS:
         table[f"flag_{flag}"] = False
     for name, values in columns.items():
@@ -111,6 +112,24 @@ def test_star_lies_on_the_target_psf(inputs: FigureInputs) -> None:
     star = psf.lines[-1]
     radius = star.get_xdata() / 0.2
     np.testing.assert_allclose(star.get_ydata(), np.exp(-0.5 * radius**2), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        make_sources([(535.0, 125.0, 900.0)], flux_err=[20.0]),
+        make_sources([(535.0, 125.0, 900.0)], ixx=[1.15], iyy=[1.15]),
+        make_sources([(535.0, 125.0, 900.0)], ixx=[1.04], iyy=[0.93]),
+        make_sources([(535.0, 125.0, 900.0)], ixy=[0.06]),
+        make_sources([(535.0, 125.0, 900.0), (543.0, 125.0, 90.0)]),
+        make_sources([(535.0, 125.0, 900.0)], flag_blended=[True]),
+    ],
+    ids=["faint", "large", "elongated", "elongated obliquely", "close", "blended"],
+)
+def test_what_is_no_clean_star_is_not_shown(inputs: FigureInputs, sources: Table) -> None:
+    figure = draw_figure(dataclasses.replace(inputs, sources=sources))
+    (psf,) = (axes for axes in figure.axes if axes.get_title() == "PSF")
+    assert [line.get_label() for line in psf.lines] == ["plain coadd", "best exposure", "restored"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 
 from lsst.coadd.deepprior.deblend import DetectionSettings
 from lsst.coadd.deepprior.joint_fit import Coadd
-from lsst.coadd.deepprior.measure import MeasureInputs, measure_sources
+from lsst.coadd.deepprior.measure import MeasureInputs, measure_sources, peak_offset
 from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA, gaussian_stamp
 
 TARGET = 0.9  # sigma of the target PSF, pixels
@@ -38,6 +38,27 @@ def render(shape, x, y, flux, sigma):
     return image
 
 
+@dataclasses.dataclass
+class Patch:
+    """A restored patch in plain arrays, which tests may spoil."""
+
+    model: np.ndarray
+    model_variance: np.ndarray
+    residual: np.ndarray
+    variance: np.ndarray
+    psf: np.ndarray
+    planes: dict[str, np.ndarray]
+    inner: tuple[slice, slice]
+
+    @property
+    def inputs(self):
+        model = np.nan_to_num(self.model)
+        coadd = Coadd(model, TARGET, self.residual, self.variance, self.psf)
+        return MeasureInputs(
+            self.model, self.model_variance, TARGET, coadd, self.planes, origin=ORIGIN, inner=self.inner
+        )
+
+
 def make_inputs(shape, cells, x, y, flux, *, factor=1.0, shift=0.0, sigmas=None, seed=1, **planes):
     """Make a scene whose model holds ``factor`` of the flux, displaced by ``shift`` pixels in x."""
     sigmas = np.full(cells, 2.0) if sigmas is None else np.asarray(sigmas)
@@ -46,15 +67,13 @@ def make_inputs(shape, cells, x, y, flux, *, factor=1.0, shift=0.0, sigmas=None,
     x, y, flux = (np.asarray(a, dtype=float) for a in (x, y, flux))
     noise = np.random.default_rng(seed).normal(0.0, NOISE, shape)
     carried = render(shape, x + shift, y, factor * flux, sigma)
-    return MeasureInputs(
+    return Patch(
         model=render(shape, x + shift, y, factor * flux, TARGET),
         model_variance=np.zeros(shape),
-        target_sigma=TARGET,
         residual=render(shape, x, y, flux, sigma) + noise - carried,
         variance=np.full(shape, NOISE**2),
         psf=np.array([[gaussian_stamp(s, 33) for s in row] for row in sigmas]),
         planes=planes,
-        origin=ORIGIN,
         inner=(slice(ORIGIN[0] + 20, ORIGIN[0] + shape[0]), slice(ORIGIN[1], ORIGIN[1] + shape[1] - 30)),
     )
 
@@ -63,8 +82,8 @@ def pixel_to_sky(x, y):
     return 150.0 + x * 1e-4, 2.0 + y * 1e-4
 
 
-def measure(inputs, **settings):
-    return measure_sources(inputs, pixel_to_sky, DetectionSettings(**settings))
+def measure(patch, **settings):
+    return measure_sources(patch.inputs, pixel_to_sky, DetectionSettings(**settings))
 
 
 def match(table, x, y, radius=1.5):
@@ -126,8 +145,9 @@ def test_errors_where_the_noise_differs_between_cells():
         template = render(shape, [x], [y], [1.0], 2.0)
         optimal = 1.0 / np.sqrt((template**2 / inputs.variance).sum())
         np.testing.assert_allclose([row["flux_err"], row["psf_flux_err"]], optimal, rtol=0.02)
-    coadd = Coadd(inputs.model, TARGET, inputs.residual, inputs.variance, inputs.psf)
-    np.testing.assert_allclose(coadd.information[40, 20] ** -0.5, found["psf_flux_err"][1], rtol=0.01)
+    np.testing.assert_allclose(
+        inputs.inputs.coadd.information[40, 20] ** -0.5, found["psf_flux_err"][1], rtol=0.01
+    )
 
 
 def test_trace_of_a_bright_neighbour_is_no_source():
@@ -190,18 +210,8 @@ def test_what_only_the_model_holds_is_no_source():
     x, y, flux = np.array([30.3, 60.0]), np.array([41.2, 99.6]), np.array([5000.0, 3000.0])
     real = make_inputs((130, 90), (1, 1), x, y, flux)
     fake = make_inputs((130, 90), (1, 1), x[:1], y[:1], flux[:1])
-    model = real.model
-    inputs = MeasureInputs(
-        model=model,
-        model_variance=fake.model_variance,
-        target_sigma=TARGET,
-        residual=fake.residual - render((130, 90), x[1:], y[1:], flux[1:], 2.0),
-        variance=fake.variance,
-        psf=fake.psf,
-        planes={},
-        origin=ORIGIN,
-        inner=fake.inner,
-    )
+    residual = fake.residual - render((130, 90), x[1:], y[1:], flux[1:], 2.0)
+    inputs = dataclasses.replace(fake, model=real.model, residual=residual)
     assert len(measure(inputs)) == 1
     empty = make_inputs((130, 90), (1, 1), [], [], [])
     assert len(measure(empty)) == 0
@@ -230,14 +240,14 @@ def test_peaks_within_the_errors_of_the_model_are_one_source():
 def test_flags():
     shape = (150, 240)
     saturated, clipped, prior = np.zeros((3, *shape), dtype=bool)
-    x = [2.0, 60.0, 95.0, 140.0, 180.0, 210.0]
-    y = [75.0, 40.0, 110.0, 40.0, 110.0, 60.0]
+    x = [7.5, 60.0, 95.0, 140.0, 180.0, 210.0]  # the first is between 1 and 2 FWHM from the border
+    y = [75.0, 40.0, 110.0, 40.0, 110.0, 10.5]
     saturated[40, 60], clipped[110, 95], prior[36:45, 136:145] = True, True, True
     inputs = make_inputs(
         shape, (1, 2), x, y, [2e4] * 6, SAT=saturated, CLIPPED=clipped, PRIOR_CARRIED=prior, UNKNOWN=prior
     )
     inputs.residual[109, 181] = np.nan
-    inputs.variance[60, 210] = 0.0
+    inputs.variance[11, 210] = 0.0
     found = match(measure(inputs), x, y, radius=3.0)
     for name, expected in {
         "flag_edge": [1, 0, 0, 0, 0, 0],
@@ -290,9 +300,18 @@ def test_table_is_documented():
 
 
 def test_shapes_must_fit():
-    inputs = make_inputs((130, 90), (1, 1), [30.0], [40.0], [5000.0])
-    values = {name: getattr(inputs, name) for name in inputs.__dataclass_fields__}
-    with pytest.raises(ValueError, match=r"residual image is \(129, 90\) and the model \(130, 90\)"):
-        MeasureInputs(**(values | {"residual": inputs.residual[1:]}))
-    with pytest.raises(ValueError, match="equal cells"):
-        MeasureInputs(**(values | {"psf": np.zeros((4, 1, 5, 5))}))
+    inputs = make_inputs((130, 90), (1, 1), [30.0], [40.0], [5000.0]).inputs
+    with pytest.raises(ValueError, match=r"model_variance image is \(129, 90\) and the coadd \(130, 90\)"):
+        dataclasses.replace(inputs, model_variance=inputs.model_variance[1:])
+    with pytest.raises(ValueError, match="SAT image"):
+        dataclasses.replace(inputs, planes={"SAT": np.zeros((130, 89), dtype=bool)})
+
+
+def test_peak_offset():
+    """A parabola is exact for the logarithm of a Gaussian; at a border the offset across it is 0."""
+    y, x = [20.3, 0.0, 31.6], [9.8, 14.4, 39.0]
+    image = np.log(1e-12 + render((40, 40), x, y, [1.0] * 3, 2.0))
+    at = np.rint(y).astype(int), np.rint(x).astype(int)
+    dy, dx = peak_offset(image, *at)
+    np.testing.assert_allclose(at[0] + dy, y, atol=1e-3)
+    np.testing.assert_allclose(at[1] + dx, x, atol=1e-3)

@@ -56,12 +56,6 @@ def test_version():
     assert lsst.coadd.deepprior.__version__ in (PROJECT["version"], "0.0.0+unknown")
 
 
-@pytest.mark.parametrize("module", ["lsst.coadd.deepprior", "lsst.coadd.deepprior.tasks.deep_prior_coadd"])
-def test_graph_building_does_not_import_torch(module):
-    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
-    assert run(sys.executable, "-c", code).returncode == 0
-
-
 @pytest.mark.parametrize("directory", [None, str(ROOT)])
 def test_pipeline_is_found_with_and_without_eups(directory, monkeypatch):
     if directory is None:

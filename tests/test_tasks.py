@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import yaml
 from matplotlib.figure import Figure
 
 import lsst.pipe.base.testUtils
+from lsst.coadd.deepprior.cells import make_cell_psf
 from lsst.coadd.deepprior.deblend import DetectionSettings
 from lsst.coadd.deepprior.restore import RestoreSettings
 from lsst.coadd.deepprior.tasks.deep_prior_coadd import (
@@ -42,8 +44,8 @@ from lsst.coadd.deepprior.tasks.plot_deep_prior_coadd import (
 from lsst.coadd.deepprior.warps import Warp
 from lsst.daf.butler import Butler
 from lsst.daf.butler.tests import addDatasetType
-from lsst.images import XY
-from lsst.images.cells import CellCoadd
+from lsst.images import XY, YX
+from lsst.images.cells import CellCoadd, CellGrid
 from lsst.pex.config import FieldValidationError
 from lsst.pipe.base import InMemoryDatasetHandle, NoWorkFound, Struct
 
@@ -138,6 +140,10 @@ def test_outputs(restored: Struct, warps: list[Warp]) -> None:
         assert coadd.band == "r"
         assert coadd.metadata["steps"] == 2
         assert coadd.metadata["deepprior_version"]
+        assert coadd.metadata["lsst_images_version"] == version("lsst-images")
+        assert coadd.metadata["method"] == restored.metrics["method"]
+        assert coadd.metadata["device"] == "cpu"
+        assert coadd.metadata["bad_mask_planes"].split(",") == list(DeepPriorCoaddConfig().bad_mask_planes)
     visits = [warp.visit for warp in warps]
     assert set(restored.coadd.provenance.inputs["visit"]) == set(visits)
     metrics = restored.metrics
@@ -199,6 +205,18 @@ def test_unusable_warp_is_named(warps: list[Warp]) -> None:
     assert handles[0].visit == warps[0].visit
     with pytest.raises(RuntimeError, match=f"{warps[1].visit}.*cannot be used"):
         handles[1]
+
+
+def test_warp_on_other_cells_is_named(warps: list[Warp]) -> None:
+    """Warps of one patch that was defined twice: the same pixels in larger cells."""
+    patch = warps[0].patch
+    cells = CellGrid(bbox=patch.cells.bbox, cell_shape=YX(80, 36))
+    psf = make_cell_psf(warps[1].psf_stamps[:1], cells)
+    odd = dataclasses.replace(warps[1], patch=patch.model_copy(update={"cells": cells}), psf=psf)
+    with pytest.raises(RuntimeError) as caught:
+        quick_task().run(warps=[warps[0], odd, warps[2]])
+    assert f"The cells of {odd.label}, of 36x80 pixels in " in str(caught.value)
+    assert f"are not those of {warps[0].label}, of 36x40 pixels in " in str(caught.value)
 
 
 def test_progress_is_logged(warps: list[Warp], caplog: pytest.LogCaptureFixture) -> None:
@@ -301,7 +319,9 @@ def test_quanta(butler: Butler) -> None:
     assert len(run.call_args.kwargs["warps"]) == 3
     assert run.call_args.kwargs["n_threads"] == 1
     lsst.pipe.base.testUtils.runTestQuantum(task, butler, quantum, mockRun=False)
-    assert butler.get("deep_prior_coadd", patch_id).patch.id == 1
+    coadd = butler.get("deep_prior_coadd", patch_id)
+    assert coadd.patch.id == 1
+    assert coadd.metadata["bad_mask_planes"].split(",") == list(task.config.bad_mask_planes)
 
     measure = MeasureDeepPriorCoaddTask()
     quantum = lsst.pipe.base.testUtils.makeQuantum(

@@ -21,12 +21,10 @@ from astropy.table import Table
 from rich.console import Console
 from rich.table import Table as TextTable
 
-from lsst.daf.butler import Butler
+from lsst.daf.butler import Butler, MissingDatasetTypeError
 
 from .evaluate import Gain, evaluate, pool
-from .joint_fit import Coadd
-from .psf import FWHM_PER_SIGMA, fwhm
-from .tasks.geometry import pixel_scale, psf_stamps
+from .tasks.geometry import pixel_scale, plain_coadd
 
 _PATCHES = 2
 _BANDS = ("r", "i")
@@ -53,20 +51,32 @@ def _run(*arguments: str | Path) -> None:
     click.echo(f"\n$ {shown}", err=True)
     status = subprocess.run([str(a) for a in arguments], check=False).returncode
     if status != 0:
-        raise click.ClickException(f"'{shown}' failed with exit status {status}; its messages are above.")
+        raise click.ClickException(
+            f"'{shown}' failed with exit status {status}; its messages are above. 'make clean', or removing "
+            "the folder of the demo, starts over."
+        )
 
 
-def _simulate(warps: Path) -> list[Path]:
-    """Make the warp files, unless they are there."""
+def _simulate(warps: Path, repo: Path) -> list[Path]:
+    """Make the warp files, unless those of the same scene are there; the repository of another is removed."""
+    arguments = (
+        "--patches", str(_PATCHES), "--bands", ",".join(_BANDS), "--visits", str(_VISITS),
+        "--cell-size", "125",
+    )  # fmt: skip
     complete = warps / "complete"
-    if not complete.exists():
+    if not complete.is_file() or complete.read_text() != " ".join(arguments):
+        if complete.is_file() and repo.exists():
+            shutil.rmtree(repo)
         shutil.rmtree(warps, ignore_errors=True)
-        _run(
-            _command("deepprior"), "simulate", warps, "--patches", str(_PATCHES), "--bands", ",".join(_BANDS),
-            "--visits", str(_VISITS), "--cell-size", "125",
-        )  # fmt: skip
-        complete.touch()
+        _run(_command("deepprior"), "simulate", warps, *arguments)
+        complete.write_text(" ".join(arguments))
     return sorted(warps.glob("warp_*.fits"))
+
+
+def _n_processes() -> int:
+    """Return how many quanta to run at a time: one for each core that this process may use."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(n_cores, _PATCHES * len(_BANDS))
 
 
 def _restore(repo: Path) -> None:
@@ -79,16 +89,19 @@ def _restore(repo: Path) -> None:
     _run(
         _command("pipetask"), "run", "-b", repo, "-i", "deepprior/warps", "-o", _OUTPUT,
         "-p", "$COADD_DEEPPRIOR_DIR/pipelines/deepPriorCoadd.yaml", "--register-dataset-types",
-        "-j", str(min(os.cpu_count() or 1, _PATCHES * len(_BANDS))), *again,
+        "-j", str(_n_processes()), *again,
     )  # fmt: skip
 
 
 def _is_complete(butler: Butler) -> bool:
     """Return whether every patch and band has all datasets."""
-    return all(
-        len(butler.query_datasets(name, collections=_OUTPUT, explain=False)) == _PATCHES * len(_BANDS)
-        for name in _DATASETS
-    )
+    try:
+        return all(
+            len(butler.query_datasets(name, collections=_OUTPUT, explain=False)) == _PATCHES * len(_BANDS)
+            for name in _DATASETS
+        )
+    except MissingDatasetTypeError:  # interrupted before the first dataset
+        return False
 
 
 def _gains(butler: Butler, warps: Path) -> list[list[Gain]]:
@@ -102,15 +115,7 @@ def _gains(butler: Butler, warps: Path) -> list[list[Gain]]:
             butler.get(name, ref.dataId) for name in ("deep_prior_residual", "deep_prior_coadd_sources")
         )
         truth = Table.read(warps / f"truth_{ref.dataId['patch']}_{ref.dataId['band']}.ecsv")
-        target = psf_stamps(coadd)
-        sigma = fwhm(target[np.isfinite(target[:, :, 0, 0])][0]) / FWHM_PER_SIGMA
-        plain = Coadd(
-            np.nan_to_num(coadd.image.array),
-            sigma,
-            residual.image.array,
-            residual.variance.array,
-            psf_stamps(residual),
-        )
+        plain, sigma = plain_coadd(coadd, residual)
         scale = pixel_scale(coadd.sky_projection, coadd.bbox)
         result.append(evaluate(plain, coadd.image.array, sigma, sources, truth, coadd.bbox, scale))
     return result
@@ -145,12 +150,12 @@ def _print_places(console: Console, butler: Butler) -> None:
 @click.argument("outdir", type=click.Path(file_okay=False, path_type=Path))
 def main(outdir: Path) -> None:
     """Simulate, ingest and restore two patches in two bands in OUTDIR; what is there already is kept."""
+    repo = outdir / "repo"
     try:
         outdir.mkdir(parents=True, exist_ok=True)
-        files = _simulate(outdir / "warps")
+        files = _simulate(outdir / "warps", repo)
     except OSError as err:
         raise click.ClickException(f"{outdir} cannot be written: {err}.") from None
-    repo = outdir / "repo"
     _run(_command("deepprior"), "ingest", repo, *files)
     _restore(repo)
     console = Console()

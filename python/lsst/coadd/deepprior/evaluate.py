@@ -19,27 +19,36 @@ __all__ = (
 )
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import galsim
 import numpy as np
 import scipy.ndimage
 import scipy.spatial
+import scipy.stats
 import sep
 from astropy.table import Table
 
 from lsst.images import Box
 
 from .joint_fit import Coadd
+from .measure import peak_offset
 from .psf import FWHM_PER_SIGMA, fit_star, gaussian_stamp
-from .truth import GALSIM, galaxy_profile, render
+from .truth import GALSIM, add_object, galaxy_profile
 
 _APERTURE = 1.5
 """Radius in arcsec in which the fluxes of isolated objects are compared with the truth."""
 
 _MATCH_RADIUS = 0.3
 """Largest distance in arcsec between a true object and its entry in a list."""
+
+_WING_BETA = 2.5
+"""Moffat index of the PSF that decides where no object shines: wider than any atmospheric one (3 to 5)."""
+
+_BLANK = 0.05
+"""Light in units of the noise of the plain coadd below which the sky counts as blank."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +108,8 @@ def pool(patches: Sequence[Sequence[Gain]]) -> list[Gain]:
 def coadd_detections(coadd: Coadd, origin: tuple[int, int]) -> Detections:
     """Detect sources on the plain coadd: peaks of its matched filter above 5 sigma.
 
-    This is what Rubin's SourceDetectionTask does: convolve with the PSF, threshold, and take the peaks.
+    This is what Rubin's SourceDetectionTask does: convolve with the PSF, threshold, and take the peaks,
+    here to a fraction of a pixel.
 
     Parameters
     ----------
@@ -118,7 +128,8 @@ def coadd_detections(coadd: Coadd, origin: tuple[int, int]) -> Detections:
     snr = flux * np.sqrt(np.where(np.isfinite(information), information, 0.0))
     peaks = (snr == scipy.ndimage.maximum_filter(snr, 3)) & (snr > 5.0) & coadd.good
     y, x = np.nonzero(peaks)
-    return Detections(x + float(origin[1]), y + float(origin[0]), flux[y, x])
+    dy, dx = peak_offset(snr, y, x)
+    return Detections(x + dx + origin[1], y + dy + origin[0], flux[y, x])
 
 
 def match(detections: Detections, truth: Table, radius: float) -> np.ndarray:
@@ -240,6 +251,18 @@ def _isolated(truth: Table, box: Box, pixel_scale: float) -> np.ndarray:
     return inside & ~disturbs.any(axis=1)
 
 
+def _blank_sky(truth: Table, coadd: Coadd, box: Box, pixel_scale: float) -> np.ndarray:
+    """Return the pixels with data that no object lights, also not with the wings of a wide PSF."""
+    noise = float(np.median(1.0 / np.sqrt(coadd.weight[coadd.good])))
+    psf = galsim.Moffat(beta=_WING_BETA, fwhm=float(coadd.fwhm.max()) * pixel_scale, gsparams=GALSIM)
+    light = galsim.ImageD(galsim.BoundsI(box.x.min, box.x.max, box.y.min, box.y.max), init_value=0.0)
+    for row in truth:
+        profile = psf if row["type"] == "star" else galsim.Convolve(galaxy_profile(row), psf, gsparams=GALSIM)
+        profile = profile.withFlux(row["flux_nJy"])
+        add_object(light, profile, row["x"], row["y"], pixel_scale, _BLANK * noise, "no_pixel")
+    return coadd.good & (light.array < _BLANK * noise)
+
+
 def evaluate(
     coadd: Coadd,
     model: np.ndarray,
@@ -262,7 +285,7 @@ def evaluate(
     sources : `astropy.table.Table`
         Source list of the restored patch.
     truth : `astropy.table.Table`
-        True objects.
+        True objects, also those beyond the border whose light reaches the patch.
     box : `lsst.images.Box`
         Box of the images in tract pixels.
     pixel_scale : `float`
@@ -277,20 +300,18 @@ def evaluate(
     i, j = np.argwhere(np.isfinite(coadd.psf[:, :, 0, 0]))[0]
     stamp = galsim.InterpolatedImage(galsim.Image(coadd.psf[i, j].copy()), scale=pixel_scale, flux=1.0)
     target = galsim.Gaussian(sigma=target_sigma * pixel_scale, gsparams=GALSIM)
+    sky = _blank_sky(truth, coadd, box, pixel_scale)
+    isolated = _isolated(truth, box, pixel_scale)
     x, y = np.asarray(truth["x"]), np.asarray(truth["y"])
     inside = (x > box.x.min) & (x < box.x.max) & (y > box.y.min) & (y < box.y.max)
-    truth, x, y = truth[inside], x[inside], y[inside]
+    truth, x, y, isolated = truth[inside], x[inside], y[inside], isolated[inside]
     columns, rows = np.rint(x - box.x.start).astype(int), np.rint(y - box.y.start).astype(int)
     snr = np.asarray(truth["flux_nJy"]) * np.sqrt(coadd.information[rows, columns])
-    isolated = _isolated(truth, box, pixel_scale)
     star = np.asarray(truth["type"]) == "star"
     mag = np.asarray(truth["mag"])
     covered = coadd.good[rows, columns]
 
     image = np.nan_to_num(model)
-    true_image = render(truth, target_sigma, box, pixel_scale=pixel_scale)
-    noise = float(np.median(1.0 / np.sqrt(coadd.weight[coadd.weight > 0.0])))
-    sky = (true_image < 0.05 * noise) & coadd.good
     advertised = fit_star(gaussian_stamp(target_sigma, 25), radius=4).sigma
     bright = star & isolated & (snr > 100.0)
     sizes = [
@@ -307,13 +328,16 @@ def evaluate(
             np.array([target_sigma * FWHM_PER_SIGMA * pixel_scale]),
         ),
         Gain("size of stars with S/N > 100 against the PSF (%)", "bias", nothing, np.array(sizes)),
-        Gain(
-            "rms of the blank sky (nJy)",
-            "median",
-            np.array([coadd.image[sky].std()]),
-            np.array([image[sky].std()]),
-        ),
     ]
+    scatters: dict[str, Callable[[np.ndarray], float]] = {
+        "rms of the blank sky (nJy)": np.std,
+        "robust scatter of the blank sky (nJy)": functools.partial(
+            scipy.stats.median_abs_deviation, scale="normal"
+        ),
+    }
+    for name, scatter in scatters.items():
+        values = (np.array([scatter(a[sky])]) if sky.any() else nothing for a in (coadd.image, image))
+        gains.append(Gain(name, "median", *values))
     catalogue = Detections(*(np.asarray(sources[name], dtype=float) for name in ("x", "y", "flux")))
     plain = coadd_detections(coadd, origin)
     radius = _MATCH_RADIUS / pixel_scale

@@ -268,14 +268,22 @@ def _draw_psfs(axes: Axes, inputs: FigureInputs) -> None:
 
 
 def _star_pixels(inputs: FigureInputs) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return radius in pixels and relative brightness of the pixels of the brightest isolated star."""
+    """Return radius in pixels and relative brightness of the pixels of the brightest isolated star.
+
+    It must be beyond doubt a star, with S/N above 50, the size of the target PSF within 5 per cent, round,
+    and with no other source within 2 FWHM of the plain coadd.
+    """
     sources = inputs.sources
     sigma = inputs.fwhm[2] / FWHM_PER_SIGMA
-    excluded = np.zeros(len(sources), dtype=bool)
+    suitable = np.asarray(sources["flux"] > 50.0 * sources["flux_err"])
     for flag in ("edge", "no_data", "saturated", "blended", "residual_only"):
-        excluded |= np.asarray(sources[f"flag_{flag}"])
-    size = np.asarray(sources["ixx"] + sources["iyy"], dtype=float) / (2.0 * sigma**2)
-    stars = sources[~excluded & (np.abs(size - 1.0) < 0.2)]
+        suitable &= ~np.asarray(sources[f"flag_{flag}"])
+    ixx, iyy, ixy = (np.asarray(sources[name], dtype=float) for name in ("ixx", "iyy", "ixy"))
+    suitable &= np.abs(np.sqrt(0.5 * (ixx + iyy)) / sigma - 1.0) < 0.05
+    suitable &= np.hypot(ixx - iyy, 2.0 * ixy) < 0.05 * (ixx + iyy)
+    positions = np.stack([sources["x"], sources["y"]], axis=1)
+    suitable[KDTree(positions).query_pairs(2.0 * inputs.fwhm[0], output_type="ndarray").ravel()] = False
+    stars = sources[suitable]
     if not len(stars):
         return None
     star = stars[np.argmax(stars["flux"])]

@@ -17,7 +17,7 @@ number is then fitted to ``D``, with the errors of the data.
 
 from __future__ import annotations
 
-__all__ = ("APERTURES", "MeasureInputs", "measure_sources")
+__all__ = ("APERTURES", "MeasureInputs", "measure_sources", "peak_offset")
 
 import dataclasses
 import math
@@ -71,7 +71,8 @@ _COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
     "flag_edge": (
         bool,
         None,
-        "Closer than coadd_fwhm to the border of the patch: part of the light is missing.",
+        "Closer than 2 coadd_fwhm to the border of the patch: part of the light is missing, and light from "
+        "beyond the border is not subtracted exactly.",
     ),
     "flag_no_data": (bool, None, "A pixel in the core of the source has no data."),
     "flag_saturated": (bool, None, "A pixel in the core of the source is saturated in a visit."),
@@ -98,12 +99,8 @@ class MeasureInputs:
         Its variance in nJy^2, NaN where it is not known.
     target_sigma : `float`
         Sigma in pixels of the Gaussian PSF of ``model``.
-    residual : `numpy.ndarray`, (y, x)
-        Coadd of data minus model in nJy, NaN where there is no data.
-    variance : `numpy.ndarray`, (y, x)
-        Variance of ``residual`` in nJy^2.
-    psf : `numpy.ndarray`, (cell_i, cell_j, k, k)
-        PSF of ``residual`` in each cell, odd size, unit sum; NaN in missing coadd.
+    coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
+        The plain coadd, made of ``model`` and the residual.
     planes : `~collections.abc.Mapping` [`str`, `numpy.ndarray`]
         Mask planes, (y, x) bool, by name; ``SAT``, ``CLIPPED`` and ``PRIOR_CARRIED`` become flags.
     origin : `tuple` [`int`, `int`]
@@ -120,30 +117,19 @@ class MeasureInputs:
     model: np.ndarray
     model_variance: np.ndarray
     target_sigma: float
-    residual: np.ndarray
-    variance: np.ndarray
-    psf: np.ndarray
+    coadd: Coadd
     planes: Mapping[str, np.ndarray]
     origin: tuple[int, int]
     inner: tuple[slice, slice]
 
     def __post_init__(self) -> None:
-        shape = self.model.shape
-        images = {
-            "model_variance": self.model_variance,
-            "residual": self.residual,
-            "variance": self.variance,
-            **self.planes,
-        }
+        shape = self.coadd.shape
+        images = {"model": self.model, "model_variance": self.model_variance, **self.planes}
         for name, image in images.items():
             if image.shape != shape:
                 raise ValueError(
-                    f"The {name} image is {image.shape} and the model {shape}; they must be equal."
+                    f"The {name} image is {image.shape} and the coadd {shape}; they must be equal."
                 )
-        if shape[0] % self.psf.shape[0] or shape[1] % self.psf.shape[1]:
-            raise ValueError(
-                f"An image of {shape} pixels cannot be cut into {self.psf.shape[:2]} equal cells."
-            )
 
 
 def measure_sources(
@@ -156,7 +142,7 @@ def measure_sources(
     Parameters
     ----------
     inputs : `MeasureInputs`
-        Model, residual and PSFs.
+        Model and plain coadd.
     pixel_to_sky : `~collections.abc.Callable`
         Function of tract pixels ``x`` and ``y`` that returns right ascension and declination in degrees.
     settings : `DetectionSettings`
@@ -186,7 +172,7 @@ def measure_sources(
     ``D``, so that a centroid that the prior has pulled is put right; the error is that of the fit.
     """
     model = np.where(np.isfinite(inputs.model), inputs.model, 0.0).astype(np.float32)
-    coadd = Coadd(model, inputs.target_sigma, inputs.residual, inputs.variance, inputs.psf)
+    coadd = inputs.coadd
     if not coadd.good.any():
         return _table({name: np.zeros(0) for name in _COLUMNS})
 
@@ -229,7 +215,7 @@ def measure_sources(
     columns["flag_blended"] = fit.correlation().max(axis=1).toarray().ravel() > BLEND
     columns |= _core_flags(y, x, columns["coadd_fwhm"], coadd.good, inputs.planes)
     border = np.minimum(np.minimum(y, coadd.shape[0] - 1 - y), np.minimum(x, coadd.shape[1] - 1 - x))
-    columns["flag_edge"] = border < columns["coadd_fwhm"]
+    columns["flag_edge"] = border < 2.0 * columns["coadd_fwhm"]
 
     y, x = y + inputs.origin[0], x + inputs.origin[1]
     columns |= {"y": y, "x": x}
@@ -272,14 +258,36 @@ def _missed(
     peaks = significant & (flux / error == scipy.ndimage.maximum_filter(flux / error, size))
     peaks &= ~scipy.ndimage.maximum_filter(clipped, size)
     peaks[[0, -1]], peaks[:, [0, -1]] = False, False
-    found = []
-    for iy, ix in np.argwhere(peaks):
-        below, at, above = flux[iy - 1, ix], flux[iy, ix], flux[iy + 1, ix]
-        left, right = flux[iy, ix - 1], flux[iy, ix + 1]
-        dy = 0.5 * (below - above) / min(below + above - 2.0 * at, -1e-30)
-        dx = 0.5 * (left - right) / min(left + right - 2.0 * at, -1e-30)
-        found.append(coadd.point(iy + np.clip(dy, -0.5, 0.5), ix + np.clip(dx, -0.5, 0.5)))
-    return found
+    y, x = np.nonzero(peaks)
+    dy, dx = peak_offset(flux, y, x)
+    return [coadd.point(*position) for position in zip(y + dy, x + dx, strict=True)]
+
+
+def peak_offset(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Measure how far peaks are from the centres of their pixels, with a parabola along each axis.
+
+    Parameters
+    ----------
+    image : `numpy.ndarray`, (y, x)
+        Image.
+    y, x : `numpy.ndarray`, (peak,), int
+        Pixels that are not below their neighbours.
+
+    Returns
+    -------
+    dy, dx : `numpy.ndarray`, (peak,)
+        Offsets in pixels, at most half a pixel; 0 across a border of the image.
+    """
+    padded = np.pad(np.asarray(image, dtype=float), 1, mode="reflect")
+    at = padded[y + 1, x + 1]
+    offsets = []
+    for before, after in (
+        (padded[y, x + 1], padded[y + 2, x + 1]),
+        (padded[y + 1, x], padded[y + 1, x + 2]),
+    ):
+        curvature = np.minimum(before + after - 2.0 * at, -1e-30)
+        offsets.append(np.clip(0.5 * (before - after) / curvature, -0.5, 0.5))
+    return offsets[0], offsets[1]
 
 
 def _centroid(stamp: Stamp) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from typing import Any, overload
 
 from lsst.coadd.deepprior import __version__
 from lsst.daf.butler import DeferredDatasetHandle
+from lsst.images.cells import CellGrid
 from lsst.pex.config import ChoiceField, Field, ListField, RangeField
 from lsst.pipe.base import (
     InMemoryDatasetHandle,
@@ -35,7 +36,7 @@ from lsst.utils.logging import LsstLogAdapter
 from ..coadd import InputPlanes, make_coadds
 from ..observation import Observation
 from ..psf import FWHM_PER_SIGMA
-from ..warps import Warp
+from ..warps import Warp, WarpInfo
 from .geometry import pixel_scale
 
 _LOG_INTERVAL = 10.0
@@ -144,7 +145,7 @@ class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoad
         dtype=int,
         doc="Number of ways in which the visits are split into those that the network reads and those it is "
         "judged by, which is what keeps it from fitting noise. More splits give a better result and take "
-        "more time and memory; with two or three visits there are only as many as visits.",
+        "more time and memory; with up to four visits there are only as many as visits.",
         default=24,
         min=1,
     )
@@ -305,6 +306,11 @@ class _ProgressLog:
         self._log.info(message, self._label, phase, step, n_steps, name, loss, left)
 
 
+def _describe(cells: CellGrid) -> str:
+    """Put a grid of cells into words."""
+    return f"of {cells.cell_shape.x}x{cells.cell_shape.y} pixels in {cells.bbox}"
+
+
 class DeepPriorCoaddTask(PipelineTask):
     """Restore a patch from its warps: one image, at a known narrow PSF, and the residual that audits it."""
 
@@ -345,7 +351,8 @@ class DeepPriorCoaddTask(PipelineTask):
         lsst.pipe.base.NoWorkFound
             Raised if no warp has a usable pixel.
         RuntimeError
-            Raised if a warp cannot be used, or no GPU is found where one is asked for.
+            Raised if a warp cannot be used or has other cells than those before it, or no GPU is found where
+            one is asked for.
         """
         import torch
 
@@ -354,7 +361,8 @@ class DeepPriorCoaddTask(PipelineTask):
 
         started = time.monotonic()
         observations = _Observations(warps, self.config.bad_mask_planes, self.config.cache_gib * 2**30)
-        infos, left_out = [], []
+        infos: list[WarpInfo] = []
+        left_out: list[str] = []
         planes: InputPlanes | None = None
         for index, warp in enumerate(warps):
             observation = warp.observation(self.config.bad_mask_planes)
@@ -365,6 +373,12 @@ class DeepPriorCoaddTask(PipelineTask):
             if planes is None:
                 planes = InputPlanes(warp.patch)
                 band, sky_projection = warp.band, warp.sky_projection
+            if warp.patch.cells != planes.patch.cells:
+                raise RuntimeError(
+                    f"The cells of {warp.label}, {_describe(warp.patch.cells)}, are not those of "
+                    f"{infos[0].label}, {_describe(planes.patch.cells)}; ingest all warps of a patch with "
+                    "the same definition of the patch."
+                )
             planes.add(warp, self.config.bad_mask_planes)
             infos.append(warp.info)
             observations.add(index, observation)
@@ -385,6 +399,7 @@ class DeepPriorCoaddTask(PipelineTask):
         settings = RestoreSettings(
             target_fwhm=target_fwhm, **{name: getattr(self.config, name) for name in same}
         )
+        device = self._device(torch.cuda.is_available())
         restoration = restore(
             observations,
             CellLayout(
@@ -394,12 +409,16 @@ class DeepPriorCoaddTask(PipelineTask):
                 patch.cells.cell_shape.x,
             ),
             settings,
-            device=self._device(torch.cuda.is_available()),
+            device=device,
             progress=_ProgressLog(self.log, label),
         )
         metadata = {
             "deepprior_version": __version__,
+            "lsst_images_version": version("lsst-images"),
             "torch_version": version("torch"),
+            "method": restoration.metrics["method"],
+            "device": device,
+            "bad_mask_planes": ",".join(self.config.bad_mask_planes),
             "target_fwhm_arcsec": restoration.target_sigma * FWHM_PER_SIGMA * scale,
             **{name: value for name, value in dataclasses.asdict(settings).items() if value is not None},
         }

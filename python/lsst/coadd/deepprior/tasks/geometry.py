@@ -7,12 +7,15 @@
 
 from __future__ import annotations
 
-__all__ = ("pixel_scale", "psf_stamps")
+__all__ = ("pixel_scale", "plain_coadd", "psf_stamps")
 
 import numpy as np
 
 from lsst.images import XY, Box, SkyProjection
 from lsst.images.cells import CellCoadd
+
+from ..joint_fit import Coadd
+from ..psf import FWHM_PER_SIGMA, fwhm
 
 
 def pixel_scale(sky_projection: SkyProjection, bbox: Box) -> float:
@@ -55,3 +58,26 @@ def psf_stamps(coadd: CellCoadd) -> np.ndarray:
     for cell in coadd.psf.bounds.cell_indices():
         stamps[cell.i, cell.j] = coadd.psf[cell].array
     return stamps
+
+
+def plain_coadd(coadd: CellCoadd, residual: CellCoadd) -> tuple[Coadd, float]:
+    """Put the plain coadd together again from a restored patch.
+
+    Parameters
+    ----------
+    coadd : `lsst.images.cells.CellCoadd`
+        The restored image.
+    residual : `lsst.images.cells.CellCoadd`
+        Coadd of data minus model of the same patch.
+
+    Returns
+    -------
+    plain : `~lsst.coadd.deepprior.joint_fit.Coadd`
+        The plain coadd.
+    target_sigma : `float`
+        Sigma in pixels of the PSF of the restored image.
+    """
+    target = psf_stamps(coadd)
+    sigma = fwhm(target[np.isfinite(target[:, :, 0, 0])][0]) / FWHM_PER_SIGMA
+    model = np.nan_to_num(coadd.image.array)
+    return Coadd(model, sigma, residual.image.array, residual.variance.array, psf_stamps(residual)), sigma

@@ -17,8 +17,7 @@ from lsst.pex.config import RangeField
 from lsst.pipe.base import PipelineTask, PipelineTaskConfig, PipelineTaskConnections, Struct
 from lsst.pipe.base.connectionTypes import Input, Output
 
-from ..psf import FWHM_PER_SIGMA, fwhm
-from .geometry import psf_stamps
+from .geometry import plain_coadd
 
 
 class MeasureDeepPriorCoaddConnections(
@@ -113,16 +112,13 @@ class MeasureDeepPriorCoaddTask(PipelineTask):
             sky = coadd.sky_projection.pixel_to_sky(XY(x=x, y=y))
             return sky.ra.deg, sky.dec.deg
 
-        target = psf_stamps(coadd)
-        target = target[np.isfinite(target[:, :, 0, 0])]
+        plain, target_sigma = plain_coadd(coadd, residual)
         inner = coadd.patch.inner_bbox
         inputs = MeasureInputs(
             model=coadd.image.array,
             model_variance=coadd.variance.array,
-            target_sigma=fwhm(target[0]) / FWHM_PER_SIGMA,
-            residual=residual.image.array,
-            variance=residual.variance.array,
-            psf=psf_stamps(residual),
+            target_sigma=target_sigma,
+            coadd=plain,
             planes={name: coadd.mask.get(name) for name in ("SAT", "CLIPPED", "PRIOR_CARRIED")},
             origin=(coadd.bbox.y.start, coadd.bbox.x.start),
             inner=(slice(inner.y.start, inner.y.stop), slice(inner.x.start, inner.x.stop)),

@@ -29,10 +29,10 @@ from lsst.pipe.base import (
 from lsst.pipe.base.connectionTypes import Input, Output
 
 from ..joint_fit import Coadd
-from ..psf import FWHM_PER_SIGMA, fwhm
+from ..psf import fwhm
 from ..warps import Warp
 from .deep_prior_coadd import WarpHandles
-from .geometry import psf_stamps
+from .geometry import plain_coadd, psf_stamps
 
 _AB_ZERO_POINT = 31.4
 """AB magnitude of 1 nJy."""
@@ -140,15 +140,14 @@ class PlotDeepPriorCoaddTask(PipelineTask):
         """
         from ..figure import FigureInputs, draw_figure
 
-        target_stamps, coadd_stamps = psf_stamps(coadd), psf_stamps(residual)
-        target = _typical_stamp(target_stamps)
-        model = np.nan_to_num(coadd.image.array)
-        data = Coadd(
-            model, fwhm(target) / FWHM_PER_SIGMA, residual.image.array, residual.variance.array, coadd_stamps
-        )
-        visit = np.full(model.shape, np.nan)
+        data, _ = plain_coadd(coadd, residual)
+        visit = np.full(data.shape, np.nan)
         visit[best_warp.bbox.slice_within(coadd.bbox)] = best_warp.image
-        psfs = (_typical_stamp(coadd_stamps), _typical_stamp(best_warp.psf_stamps), target)
+        psfs = (
+            _typical_stamp(data.psf),
+            _typical_stamp(best_warp.psf_stamps),
+            _typical_stamp(psf_stamps(coadd)),
+        )
         with np.errstate(invalid="ignore", divide="ignore"):
             sigmas = residual.image.array / np.sqrt(residual.variance.array)
         inputs = FigureInputs(
