@@ -135,7 +135,7 @@ def maximum_likelihood(
     members: torch.Tensor,
     *,
     steps: int = 200,
-    early_steps: int = 15,
+    early_steps: int = 40,
     refresh_every: int = 20,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> MaximumLikelihood:

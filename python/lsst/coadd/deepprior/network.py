@@ -24,7 +24,7 @@ FEATURES = ("coadd", "matched", "early", "base", "residual")
 _SIGNAL = 10.0
 """Signal to noise ratio of a pixel of the early image above which it may be called bright."""
 
-_UNRESOLVED = 5.0
+_UNRESOLVED = 3.0
 """Significance of what few steps leave of the data above which a bright pixel is taken for a star."""
 
 _NEIGHBOURHOOD = 7

@@ -122,8 +122,8 @@ class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoad
     )
     steps = RangeField(
         dtype=int,
-        doc="Number of steps of the fit of the network. With 0 there is no network, and the result is a "
-        "smoothed maximum-likelihood image.",
+        doc="Number of steps of the fit of the network. With 0 there is no network, and the result is the "
+        "maximum-likelihood image that it would start from.",
         default=400,
         min=0,
     )
