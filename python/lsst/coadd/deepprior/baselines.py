@@ -28,6 +28,9 @@ from .statistics import PatchData, SetStatistics
 _PSF_ERRORS = (1.0, 0.3, 0.1, 0.03)
 """PSF errors of the first refreshes: star cores are clipped only once the model has come near them."""
 
+_PLAIN_STEPS = 15
+"""Number of steps before the acceleration begins."""
+
 _MIN_COVERAGE = 1e-3
 """Part of the prediction that must have data for a pixel to be changed."""
 
@@ -152,7 +155,7 @@ def maximum_likelihood(
     members : `torch.Tensor`, (set, visit), bool
         Which visits belong to which set.
     steps, early_steps : `int`, optional
-        Number of steps of the final and of the early image; the early ones are not accelerated.
+        Number of steps of the final and of the early image; those of the early one are not accelerated.
     refresh_every : `int`, optional
         Steps between two passes over the visits.
     progress : `~collections.abc.Callable`, optional
@@ -178,7 +181,9 @@ def maximum_likelihood(
             if progress is not None:
                 progress(step, steps, float(statistics.objective.mean()))
         if step < early_steps:
-            latent = early = maximum_likelihood_step(latent, statistics)
+            early = maximum_likelihood_step(early, statistics)
+        if step < _PLAIN_STEPS:
+            latent = maximum_likelihood_step(latent, statistics)
         else:
             accelerated = AcceleratedSteps(latent) if accelerated is None else accelerated
             latent = accelerated.step(functools.partial(maximum_likelihood_step, statistics=statistics))
