@@ -22,7 +22,6 @@ __all__ = (
     "fwhm",
     "gaussian_stamp",
     "inner_sigma",
-    "second_moments",
     "shift_stamp",
     "target_sigma",
 )
@@ -293,28 +292,3 @@ def fwhm(psf: np.ndarray) -> float:
     half = psf.shape[0] // 2
     rough = math.sqrt(psf.sum() / (2.0 * math.pi * psf.max()))
     return FWHM_PER_SIGMA * fit_star(psf, radius=min(half, max(3, math.ceil(2.5 * rough)))).sigma
-
-
-def second_moments(psf: np.ndarray, weight_sigma: float | None = None) -> tuple[float, float, float]:
-    """Return the Gaussian-weighted second moments (ixx, iyy, ixy) of a stamp in pixel^2.
-
-    The weight is a fixed round Gaussian about the central pixel (of the stamp's fitted sigma unless given),
-    and the moments are corrected for it as if the stamp were Gaussian, ``M = (W^-1 - S^-1)^-1`` with W the
-    weighted moments and S the weight's (e.g. Bernstein & Jarvis 2002, AJ 123, 583), so that wings and noise
-    do not dominate.
-    """
-    psf = _check_stamp(psf)
-    half = psf.shape[0] // 2
-    sigma = fwhm(psf) / FWHM_PER_SIGMA if weight_sigma is None else weight_sigma
-    y, x = np.mgrid[-half : half + 1, -half : half + 1].astype(float)
-    weighted = psf * np.exp(-0.5 * (x * x + y * y) / sigma**2)
-    total = weighted.sum()
-    mx, my = (weighted * x).sum() / total, (weighted * y).sum() / total
-    measured = np.array(
-        [
-            [(weighted * (x - mx) ** 2).sum(), (weighted * (x - mx) * (y - my)).sum()],
-            [(weighted * (x - mx) * (y - my)).sum(), (weighted * (y - my) ** 2).sum()],
-        ]
-    )
-    true = np.linalg.inv(np.linalg.inv(measured / total) - np.eye(2) / sigma**2)
-    return float(true[0, 0]), float(true[1, 1]), float(true[0, 1])

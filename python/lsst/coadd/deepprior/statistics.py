@@ -235,9 +235,9 @@ class PatchData:
             kernel=CellConvolution(self._kernels[index], self.layout, self.margin),
         )
 
-    def visits(self, indices: Sequence[int] | None = None) -> Iterator[tuple[int, VisitTensors]]:
+    def visits(self) -> Iterator[tuple[int, VisitTensors]]:
         """Iterate over visits with at least one good pixel, one in memory at a time."""
-        for index in range(len(self)) if indices is None else indices:
+        for index in range(len(self)):
             if self.weight[index].any():
                 yield index, self.visit(index)
 
@@ -284,7 +284,6 @@ class PatchData:
         models: torch.Tensor,
         *,
         gram: CellConvolution | None = None,
-        clip: bool = True,
         psf_error: float | None = None,
     ) -> SetStatistics:
         """Read the visits once and majorise the objective of every set at its own model.
@@ -297,8 +296,6 @@ class PatchData:
             Model u_0 of every set on the canvas, in nJy.
         gram : `~lsst.coadd.deepprior.operators.CellConvolution`, optional
             The operator A of these sets if it has been built before.
-        clip : `bool`, optional
-            Whether to clip; without it the objective is least squares.
         psf_error : `float`, optional
             Relative error of the PSF to use in place of the instance's.
 
@@ -323,7 +320,7 @@ class PatchData:
             prediction = visit.kernel.forward(models[sets])
             residual = visit.flux - prediction
             scale = self.scale(visit, prediction, psf_error)
-            clipped = torch.clamp(residual, -delta * scale, delta * scale) if clip else residual
+            clipped = torch.clamp(residual, -delta * scale, delta * scale)
             gradient[sets] += visit.kernel.adjoint(visit.weight * clipped)
             predicted[sets] += visit.kernel.adjoint(visit.weight * prediction)
             sensitivity[sets] += visit.kernel.adjoint(visit.weight)
