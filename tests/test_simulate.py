@@ -13,11 +13,12 @@ import astropy.units as u
 import galsim
 import numpy as np
 import pytest
+import scipy.ndimage
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import Table
 
-from lsst.coadd.deepprior.simulate import Scene, SceneConfig, render, simulate_scene, write_scene
+from lsst.coadd.deepprior.simulate import Scene, SceneConfig, add_glow, render, simulate_scene, write_scene
 from lsst.coadd.deepprior.warps import Warp
 from lsst.images import Box
 
@@ -325,3 +326,156 @@ def test_files_hold_the_scene(tmp_path: Path) -> None:
     np.testing.assert_allclose(truth["flux_nJy"], scene.catalogue("y")["flux_nJy"])
     assert truth["x"].unit == u.pix
     assert truth.meta["pixel_scale"] == 0.2
+
+
+@pytest.mark.parametrize("kernel", ["bilinear", "lanczos3"])
+def test_correlated_noise(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {"n_cells": (3, 4), "saturation": 1e9, "noise_correlation": kernel}
+    scene = empty(**changes)
+    galaxy = objects(
+        {"x": 15650.0, "y": 14240.0, "type": "galaxy", "hlr": 2.0, "flux_nJy": 3e6, "axis_ratio": 0.7}
+    )
+    silent = empty(depth=40.0, sky_magnitude=10.0, **changes)
+    for one in (scene, silent):
+        monkeypatch.setattr(one, "catalogue", lambda band: galaxy)
+    warps = [scene.warp(number, "i") for number in range(12)]
+    white = empty(n_cells=(3, 4)).warp(0, "i")
+    sky = np.sqrt(np.median(white.variance))
+    bright, faint, neighbours, blocks = [], [], [], []
+    for number, warp in enumerate(warps):
+        signal = silent.warp(number, "i").image
+        noise = (warp.image - signal) / np.sqrt(warp.variance)
+        bright.append(noise[signal > 0.1 * signal.max()])
+        faint.append(noise[signal < 0.001 * signal.max()])
+        neighbours.append(np.mean(noise[:, 1:] * noise[:, :-1]))
+        # Away from the galaxy, the mean of many pixels is as noisy as that of as many detector pixels.
+        blocks.append((warp.image - signal)[96:, :].reshape(3, 8, 18, 8).mean(axis=(1, 3)) * 8.0 / sky)
+    # The variance plane is the variance of each pixel by itself.
+    assert np.concatenate(bright).std() == pytest.approx(1.0, abs=0.05)
+    assert np.concatenate(faint).std() == pytest.approx(1.0, abs=0.02)
+    assert np.std(np.array(blocks)[:, :, 9:]) == pytest.approx(1.0, abs=0.1)
+    assert np.median(warps[0].variance) < 0.95 * sky**2
+    # Detectors lie at all angles, and neighbours are correlated the less the more diagonally.
+    assert np.mean(neighbours) > (0.15 if kernel == "bilinear" else 0.05)
+    # In all other things the visit is what it was.
+    assert warps[0].bbox == white.bbox
+    np.testing.assert_array_equal(warps[0].psf_stamps, white.psf_stamps)
+
+
+def test_unknown_noise_correlation() -> None:
+    with pytest.raises(
+        ValueError, match="no noise correlation 'cubic'; choose from none, bilinear, lanczos3"
+    ):
+        empty(noise_correlation="cubic")
+
+
+def test_wrong_psf_is_wider_than_the_stars() -> None:
+    right, wrong = (Scene(SceneConfig(seed=5, psf_error=error)).warp(0, "i") for error in (0.0, 0.02))
+    np.testing.assert_array_equal(wrong.image, right.image)
+    np.testing.assert_allclose(wrong.psf_stamps.sum(axis=(2, 3)), 1.0)
+    size = [np.sqrt(warp.info.psf_shapes[0, 0, :2].sum()) for warp in (right, wrong)]
+    assert size[1] / size[0] == pytest.approx(1.02, abs=0.002)
+
+
+@pytest.mark.parametrize("kernel", ["none", "lanczos3"])
+def test_unmasked_cosmic_rays_and_where_they_are(kernel: str) -> None:
+    changes = {"partial_fraction": 0.5, "noise_correlation": kernel}
+    clean, scene = empty(**changes), empty(n_unmasked_cosmic_rays=6, **changes)
+    part = n_apart = 0
+    for number in range(12):
+        warp = scene.warp(number, "i")
+        sky = np.sqrt(np.median(empty().warp(0, "i").variance))
+        difference = (warp.image - clean.warp(number, "i").image) / sky
+        inside = warp.bbox.slice_within(scene.patch.outer_bbox)
+        touched = scene.artifacts(number, "i")
+        np.testing.assert_array_equal(touched[inside], np.abs(difference) > 0.1)
+        assert np.count_nonzero(touched) == np.count_nonzero(touched[inside])
+        assert not warp.flagged(["BAD", "SAT", "CR", "NO_DATA"]).any()
+        part += warp.bbox != scene.patch.outer_bbox
+        # Each has 1 to 5 pixels of 10 to 80 sigma on the detector.
+        assert 6 * 10.0 * 0.8 < difference.sum() < 6 * 5 * 80.0
+        if kernel == "none":
+            assert np.count_nonzero(touched) <= 30
+            assert 9.9 < difference[touched[inside]].min() < difference.max() < 80.1
+        else:
+            assert np.count_nonzero(touched) > 60
+        n_apart += scipy.ndimage.label(scipy.ndimage.binary_dilation(touched))[1]
+    assert part == 6
+    # Few of the 72 overlap, and all lie on the visit.
+    assert 60 <= n_apart <= 72
+    assert not clean.artifacts(0, "i").any()
+
+
+def test_where_trails_are() -> None:
+    scene, clean = empty(n_trails=2), empty()
+    touched = np.array([scene.artifacts(number, "i") for number in range(12)])
+    assert sum(one.any() for one in touched) == 2
+    for number in np.flatnonzero(touched.any(axis=(1, 2))):
+        warp = scene.warp(int(number), "i")
+        difference = (warp.image - clean.warp(int(number), "i").image) / np.sqrt(np.median(warp.variance))
+        np.testing.assert_array_equal(touched[number], difference > 0.1)
+
+
+def test_gaps_and_a_missing_corner() -> None:
+    scene = empty(n_gaps=1, missing_corner=15, cell_shape=(70, 60))
+    widths = []
+    for number in range(12):
+        warp = scene.warp(number, "i")
+        gone = warp.mask.get("NO_DATA")
+        np.testing.assert_array_equal(np.isnan(warp.image), gone)
+        np.testing.assert_array_equal(np.isnan(warp.variance), gone)
+        assert gone[-15:, -15:].all()
+        rest = gone[:-15, :-15]
+        rows, columns = rest.all(axis=1), rest.all(axis=0)
+        assert np.count_nonzero(rest) == np.count_nonzero(rest | rows[:, None] | columns)
+        assert rows.any() != columns.any()
+        widths.append(max(np.count_nonzero(rows), np.count_nonzero(columns)))
+        assert warp.observation(["NO_DATA"]).good.mean() < 0.9
+    # Of 8 to 12 arcsec; those at a border are narrower.
+    assert 40 <= max(widths) <= 60
+
+
+def test_background_slope() -> None:
+    flat = [empty(n_cells=(4, 3)).warp(t, "i").image for t in range(12)]
+    steep = [empty(n_cells=(4, 3), background_slope=3.0).warp(t, "i").image for t in range(12)]
+    sky = np.sqrt(np.median(empty().warp(0, "i").variance))
+    y, x = np.indices(flat[0].shape)
+    slopes = []
+    for a, b in zip(flat, steep, strict=True):
+        difference = (b - a) / sky
+        assert abs(difference.mean()) < 1e-3
+        step_y = (difference[-1, 0] - difference[0, 0]) / (159 / 160)
+        step_x = (difference[0, -1] - difference[0, 0]) / (107 / 108)
+        plane = step_y * (y - 79.5) / 160 + step_x * (x - 53.5) / 108
+        np.testing.assert_allclose(difference, plane, atol=1e-3)
+        slopes.append((step_y, step_x))
+    for one in np.std(slopes, axis=0):
+        assert 1.5 < one < 4.5
+
+
+def test_glow() -> None:
+    scene = empty(n_cells=(6, 5), partial_fraction=0.25, psf_size=21, seeing=(0.55, 0.7))
+    warps = [scene.warp(number, "i") for number in range(4)]
+    middle = warps[1].image.shape[0] // 2
+    warps[1].mask.set("SAT", np.indices(warps[1].image.shape)[0] == middle)
+    before = [warp.image.copy() for warp in warps]
+    box = scene.patch.outer_bbox
+    centre = (box.y.start + 110.0, box.x.start + 80.0)
+    glowing, truth = add_glow(warps, 0.5, centre, fwhm=60.0)
+    assert truth.shape == tuple(box.shape) == (240, 180)
+    assert truth[110, 80] == 0.5
+    assert truth[140, 80] == truth[110, 50] == pytest.approx(0.25)
+    # The flux of a Gaussian is its peak times 2 pi sigma^2; nearly all of it is in the patch.
+    assert truth.sum() == pytest.approx(0.5 * 2.0 * np.pi * (60.0 / 2.35482) ** 2, rel=0.003)
+    for number, (old, warp, new) in enumerate(zip(before, warps, glowing, strict=True)):
+        np.testing.assert_array_equal(warp.image, old)
+        expected = truth[warp.bbox.slice_within(box)].copy()
+        if number == 1:
+            assert expected[middle].max() > 0.1
+            expected[middle] = 0.0
+        np.testing.assert_allclose(new.image - old, expected, atol=1e-4)
+        np.testing.assert_array_equal(new.variance, warp.variance)
+    with pytest.raises(ValueError, match="ten times as wide as the widest PSF; make it at least"):
+        add_glow(warps, 0.5, centre, fwhm=20.0)
+    with pytest.raises(ValueError, match="no visit"):
+        add_glow([], 0.5, centre, fwhm=60.0)

@@ -10,8 +10,9 @@ The flux of an object is that which falls into a PSF stamp, since stamps have un
 
 from __future__ import annotations
 
-__all__ = ("INSTRUMENT", "Scene", "SceneConfig", "render", "simulate_scene", "write_scene")
+__all__ = ("INSTRUMENT", "Scene", "SceneConfig", "add_glow", "render", "simulate_scene", "write_scene")
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ from lsst.images import YX, Box, Mask, MaskPlane, MaskSchema, SkyProjection, Tra
 from lsst.images.cells import CellGrid, PatchDefinition
 
 from .cells import make_cell_psf
+from .defects import cut_border, gaps, masked_cosmic_rays, trail, unmasked_cosmic_rays
+from .psf import FWHM_PER_SIGMA
+from .resampling import Resampling
 from .truth import (
     AB_ZERO_POINT,
     BANDS,
@@ -51,6 +55,9 @@ _TRACT_CENTRE = 15000
 _STANDARD = SceneConfig()
 
 _MOFFAT_BETA = 3.5
+
+_TOUCHED = 0.1
+"""Change by an artifact, in units of the sky noise, above which a pixel counts as touched by it."""
 
 _SCHEMA = MaskSchema(
     [
@@ -137,35 +144,37 @@ class Scene:
             The visit.
         """
         config = self.config
-        band_number = list(BANDS).index(band)
-        visit_rng = np.random.default_rng([config.seed, band_number, number, 1])
-        rng = np.random.default_rng([config.seed, config.patch_id, band_number, number, 2])
-        psf = _VisitPsf(config, self.patch.outer_bbox, visit_rng)
-        depth = config.depth + config.depth_scatter * visit_rng.standard_normal()
-        sky_noise = _sky_noise(config, depth)
-        roles = np.random.default_rng([config.seed, band_number, 3]).permutation(config.n_visits)
-        n_trails = min(config.n_trails, config.n_visits // 3)
-        n_partial = round(config.partial_fraction * config.n_visits)
-        rank = int(np.flatnonzero(roles == number)[0])
-        bbox = self.patch.outer_bbox
-        if n_trails <= rank < n_trails + n_partial:
-            bbox = _cut(bbox, visit_rng)
-
+        visit = self._visit(number, band)
+        sky_noise, bbox, psf = visit.sky_noise, visit.bbox, visit.psf
         model = self._draw(bbox, psf, self.catalogue(band), sky_noise)
         gain = 10.0 ** ((AB_ZERO_POINT - config.sky_magnitude) / 2.5) * config.pixel_scale**2 / sky_noise**2
-        variance = sky_noise**2 + np.maximum(model, 0.0) / gain
-        image = model + np.sqrt(variance) * rng.standard_normal(model.shape)
-        image += config.background_offset * sky_noise * visit_rng.standard_normal()
-        if rank < n_trails:
-            image += _trail(bbox, psf.fwhm / config.pixel_scale, rng) * sky_noise
+        photons = np.maximum(model, 0.0)
+        if visit.resampling is None:
+            variance = sky_noise**2 + photons / gain
+            image = model + np.sqrt(variance) * visit.noise
+        else:
+            detector_variance = sky_noise**2 + visit.resampling.at_detector(photons) / gain
+            variance = visit.resampling.variance(detector_variance)
+            image = model + visit.resampling.image(np.sqrt(detector_variance) * visit.noise)
+        image += visit.background
+        image += visit.artifacts
         mask = Mask(schema=_SCHEMA, bbox=bbox)
         saturated = image > config.saturation
         image[saturated] = config.saturation
         mask.set("SAT", saturated)
-        self._add_defects(image, mask, sky_noise, rng)
+        area = image.size * (config.pixel_scale / 60.0) ** 2
+        hit = masked_cosmic_rays(bbox.shape, visit.rng.poisson(area * config.cosmic_ray_density), visit.rng)
+        image[hit] += sky_noise * visit.rng.uniform(20.0, 500.0, np.count_nonzero(hit))
+        mask.set("CR", hit)
+        bad = np.zeros(image.shape, dtype=bool)
+        bad[:, visit.rng.integers(0, image.shape[1], config.n_bad_columns)] = True
+        image[bad] = sky_noise * visit.rng.uniform(-1000.0, 1000.0, np.count_nonzero(bad))
+        mask.set("BAD", bad)
+        image[visit.no_data] = variance[visit.no_data] = np.nan
+        mask.set("NO_DATA", visit.no_data)
         return Warp(
             instrument=INSTRUMENT,
-            visit=1000 * (band_number + 1) + number,
+            visit=1000 * (list(BANDS).index(band) + 1) + number,
             physical_filter=f"{band}_sim",
             band=band,
             day_obs=night_of(self.mjd(number, band)),
@@ -176,6 +185,77 @@ class Scene:
             psf=make_cell_psf(psf.stamps(self.patch.cells), self.patch.cells),
             sky_projection=self.sky_projection,
             patch=self.patch,
+        )
+
+    def artifacts(self, number: int, band: str) -> np.ndarray:
+        """Return where an unmasked trail or cosmic ray touches a visit.
+
+        Parameters
+        ----------
+        number : `int`
+            Number of the visit, from 0.
+        band : `str`
+            Band of the visit.
+
+        Returns
+        -------
+        artifacts : `numpy.ndarray`, (y, x), bool
+            Pixels of the patch that have data and that the artifact changes by more than a tenth of the sky
+            noise.
+        """
+        visit = self._visit(number, band)
+        result = np.zeros(tuple(self.patch.outer_bbox.shape), dtype=bool)
+        touched = (np.abs(visit.artifacts) > _TOUCHED * visit.sky_noise) & ~visit.no_data
+        result[visit.bbox.slice_within(self.patch.outer_bbox)] = touched
+        return result
+
+    def _visit(self, number: int, band: str) -> _Visit:
+        """Draw all of a visit that does not depend on what it looks at."""
+        config = self.config
+        band_number = list(BANDS).index(band)
+        visit_rng = np.random.default_rng([config.seed, band_number, number, 1])
+        rng = np.random.default_rng([config.seed, config.patch_id, band_number, number, 2])
+        psf = _VisitPsf(config, self.patch.outer_bbox, visit_rng)
+        sky_noise = _sky_noise(config, config.depth + config.depth_scatter * visit_rng.standard_normal())
+        roles = np.random.default_rng([config.seed, band_number, 3]).permutation(config.n_visits)
+        n_trails = min(config.n_trails, config.n_visits // 3)
+        n_partial = round(config.partial_fraction * config.n_visits)
+        rank = int(np.flatnonzero(roles == number)[0])
+        bbox = self.patch.outer_bbox
+        if n_trails <= rank < n_trails + n_partial:
+            bbox = cut_border(bbox, visit_rng)
+        shape = bbox.shape
+
+        # What was added later has its own random numbers, so that scenes without it stay what they were.
+        later_visit_rng = np.random.default_rng([config.seed, band_number, number, 4])
+        later_rng = np.random.default_rng([config.seed, config.patch_id, band_number, number, 5])
+        slope = config.background_slope * later_visit_rng.standard_normal(2)
+        angle, shift_y, shift_x = later_visit_rng.uniform(0.0, [2.0 * np.pi, 1.0, 1.0])
+        resampling = None
+        if config.noise_correlation != "none":
+            resampling = Resampling(shape, config.noise_correlation, angle, (shift_y, shift_x))
+        noise = rng.standard_normal(shape if resampling is None else resampling.detector_shape)
+        background = np.full(shape, config.background_offset * visit_rng.standard_normal())
+        x, y = bbox.meshgrid()
+        whole = self.patch.outer_bbox
+        background += slope[0] * (y - whole.y.center) / whole.y.size
+        background += slope[1] * (x - whole.x.center) / whole.x.size
+        artifacts = np.zeros(shape)
+        if rank < n_trails:
+            artifacts += trail(bbox, psf.fwhm / config.pixel_scale, rng)
+        artifacts += unmasked_cosmic_rays(shape, config.n_unmasked_cosmic_rays, resampling, later_rng)
+        no_data = gaps(shape, config.n_gaps, config.pixel_scale, later_rng)
+        corner = (y >= whole.y.stop - config.missing_corner) & (x >= whole.x.stop - config.missing_corner)
+        return _Visit(
+            bbox=bbox,
+            psf=psf,
+            sky_noise=sky_noise,
+            resampling=resampling,
+            noise=noise,
+            background=sky_noise * background,
+            artifacts=sky_noise * artifacts,
+            no_data=no_data | corner,
+            rng=rng,
         )
 
     def mjd(self, number: int, band: str) -> float:
@@ -209,24 +289,27 @@ class Scene:
             )
         return image.array
 
-    def _add_defects(self, image: np.ndarray, mask: Mask, sky_noise: float, rng: np.random.Generator) -> None:
-        """Put garbage under cosmic rays and bad columns, and mask them."""
-        config = self.config
-        area = image.size * (config.pixel_scale / 60.0) ** 2
-        hit = np.zeros(image.shape, dtype=bool)
-        for _ in range(rng.poisson(area * config.cosmic_ray_density)):
-            length, angle = rng.uniform(3.0, 20.0), rng.uniform(0.0, 2.0 * np.pi)
-            step = np.arange(0.0, length, 0.5)
-            y = np.rint(rng.uniform(0, image.shape[0] - 1) + step * np.sin(angle)).astype(int)
-            x = np.rint(rng.uniform(0, image.shape[1] - 1) + step * np.cos(angle)).astype(int)
-            inside = (y >= 0) & (y < image.shape[0]) & (x >= 0) & (x < image.shape[1])
-            hit[y[inside], x[inside]] = True
-        image[hit] += sky_noise * rng.uniform(20.0, 500.0, np.count_nonzero(hit))
-        mask.set("CR", hit)
-        bad = np.zeros(image.shape, dtype=bool)
-        bad[:, rng.integers(0, image.shape[1], config.n_bad_columns)] = True
-        image[bad] = sky_noise * rng.uniform(-1000.0, 1000.0, np.count_nonzero(bad))
-        mask.set("BAD", bad)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Visit:
+    """What a visit adds to the sky."""
+
+    bbox: Box
+    psf: _VisitPsf
+    sky_noise: float
+    """Noise of a sky pixel of the detector in nJy."""
+    resampling: Resampling | None
+    """Interpolation from the detector, `None` where the warp has the pixels of the detector."""
+    noise: np.ndarray
+    """Noise of the pixels of the detector in units of their standard deviation."""
+    background: np.ndarray
+    """Background error in nJy, (y, x)."""
+    artifacts: np.ndarray
+    """Unmasked trails and cosmic rays in nJy, (y, x)."""
+    no_data: np.ndarray
+    """Pixels without data, (y, x)."""
+    rng: np.random.Generator
+    """Random numbers of what remains to be drawn."""
 
 
 class _VisitPsf:
@@ -245,19 +328,23 @@ class _VisitPsf:
     def _centre(self) -> galsim.PositionD:
         return galsim.PositionD(self._bbox.x.center, self._bbox.y.center)
 
-    def at(self, x: float, y: float) -> galsim.GSObject:
-        """Return the profile, without pixel, at a position in tract pixels."""
+    def at(self, x: float, y: float, error: float = 0.0) -> galsim.GSObject:
+        """Return the profile, without pixel, at a position in tract pixels; wider by a relative error."""
         config = self._config
-        fwhm = self.fwhm * (1.0 + config.psf_fwhm_change * (x - self._centre.x) / self._bbox.x.size)
+        fwhm = (
+            (1.0 + error)
+            * self.fwhm
+            * (1.0 + config.psf_fwhm_change * (x - self._centre.x) / self._bbox.x.size)
+        )
         g1 = self._g1 + config.psf_ellipticity_change * (y - self._centre.y) / self._bbox.y.size
         return _moffat(round(fwhm, 6), round(g1, 6), round(self._g2, 6), config.pixel_scale)
 
-    def _stamp(self, x: float, y: float) -> np.ndarray:
-        size = self._config.psf_size
-        return self.at(x, y).drawImage(nx=size, ny=size, scale=self._config.pixel_scale, dtype=float).array
+    def _stamp(self, x: float, y: float, error: float = 0.0) -> np.ndarray:
+        size, scale = self._config.psf_size, self._config.pixel_scale
+        return self.at(x, y, error).drawImage(nx=size, ny=size, scale=scale, dtype=float).array
 
     def stamps(self, grid: CellGrid) -> np.ndarray:
-        """Return the stamps at the centres of all cells, of unit sum, (cell_i, cell_j, k, k)."""
+        """Return the stamps handed out for the cells, of unit sum, (cell_i, cell_j, k, k)."""
         size = grid.grid_size
         k = self._config.psf_size
         result = np.empty((size.i, size.j, k, k))
@@ -265,7 +352,7 @@ class _VisitPsf:
             for j in range(size.j):
                 x = grid.bbox.x.start + (j + 0.5) * grid.cell_shape.x - 0.5
                 y = grid.bbox.y.start + (i + 0.5) * grid.cell_shape.y - 0.5
-                stamp = self._stamp(x, y)
+                stamp = self._stamp(x, y, self._config.psf_error)
                 result[i, j] = stamp / stamp.sum()
         return result
 
@@ -283,31 +370,6 @@ def _sky_noise(config: SceneConfig, depth: float) -> float:
     stamp = psf.drawImage(nx=config.psf_size, ny=config.psf_size, scale=config.pixel_scale, dtype=float).array
     stamp /= stamp.sum()
     return 10.0 ** ((AB_ZERO_POINT - depth) / 2.5) / 5.0 * np.sqrt(np.sum(stamp**2))
-
-
-def _cut(bbox: Box, rng: np.random.Generator) -> Box:
-    """Cut a border off a box, so that 30 to 80 per cent of its height or width are left."""
-    kept = rng.uniform(0.3, 0.8)
-    height, width = round(kept * bbox.y.size), round(kept * bbox.x.size)
-    side = rng.integers(4)
-    if side == 0:
-        return bbox.absolute[: bbox.y.start + height, :]
-    if side == 1:
-        return bbox.absolute[bbox.y.stop - height :, :]
-    if side == 2:
-        return bbox.absolute[:, : bbox.x.start + width]
-    return bbox.absolute[:, bbox.x.stop - width :]
-
-
-def _trail(bbox: Box, fwhm: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw a satellite trail across the middle half of a box in units of the sky noise, (y, x)."""
-    angle = rng.uniform(0.0, np.pi)
-    centre_x = bbox.x.center + rng.uniform(-0.25, 0.25) * bbox.x.size
-    centre_y = bbox.y.center + rng.uniform(-0.25, 0.25) * bbox.y.size
-    x, y = bbox.meshgrid()
-    distance = (x - centre_x) * np.sin(angle) - (y - centre_y) * np.cos(angle)
-    sigma = fwhm / 2.355
-    return rng.uniform(3.0, 10.0) * np.exp(-0.5 * (distance / sigma) ** 2)
 
 
 def simulate_scene(config: SceneConfig = _STANDARD, band: str = "i") -> tuple[Table, list[Warp]]:
@@ -329,6 +391,57 @@ def simulate_scene(config: SceneConfig = _STANDARD, band: str = "i") -> tuple[Ta
     """
     scene = Scene(config)
     return scene.catalogue(band), [scene.warp(number, band) for number in range(config.n_visits)]
+
+
+def add_glow(
+    warps: Sequence[Warp], brightness: float, centre: tuple[float, float], fwhm: float
+) -> tuple[list[Warp], np.ndarray]:
+    """Add a faint extended source, a round Gaussian, to the visits of a patch.
+
+    It is so much wider than the PSFs that it is taken to look the same in all visits: the squares of widths
+    add, so a PSF of a tenth of its width would lower its peak by 1 per cent.  Its photons add nothing to the
+    variance, so it must be much fainter than the sky.
+
+    Parameters
+    ----------
+    warps : `~collections.abc.Sequence` [`Warp`]
+        Visits of one patch; they are not changed.
+    brightness : `float`
+        Surface brightness in the middle, in nJy per pixel.
+    centre : `tuple` [`float`, `float`]
+        Position y, x of the middle in tract pixels.
+    fwhm : `float`
+        FWHM in pixels, at least ten times that of the widest PSF.
+
+    Returns
+    -------
+    warps : `list` [`Warp`]
+        The visits with the source; saturated pixels keep their value.
+    truth : `numpy.ndarray`, (y, x), float64
+        The source on the pixels of the patch, in nJy.
+
+    Raises
+    ------
+    ValueError
+        Raised if there is no visit, or the source is too narrow.
+    """
+    if not warps:
+        raise ValueError("There is no visit to add the glow to.")
+    sigma = fwhm / FWHM_PER_SIGMA
+    seen = max(float(np.nanmax(warp.info.psf_shapes[..., :2])) ** 0.5 for warp in warps)
+    if not sigma >= 10.0 * seen:
+        raise ValueError(
+            f"A glow of FWHM {fwhm:g} pixels is less than ten times as wide as the widest PSF; "
+            f"make it at least {10.0 * FWHM_PER_SIGMA * seen:.1f}."
+        )
+    patch = warps[0].patch.outer_bbox
+    x, y = patch.meshgrid()
+    truth = brightness * np.exp(-0.5 * ((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / sigma**2)
+    result = []
+    for warp in warps:
+        glow = np.where(warp.mask.get("SAT"), 0.0, truth[warp.bbox.slice_within(patch)])
+        result.append(dataclasses.replace(warp, image=(warp.image + glow).astype(warp.image.dtype)))
+    return result, truth
 
 
 def write_scene(

@@ -29,6 +29,8 @@ from astropy.table import Table
 
 from lsst.images import Box
 
+from .resampling import KERNELS
+
 AB_ZERO_POINT = 31.4
 """AB magnitude of 1 nJy (`float`)."""
 
@@ -95,6 +97,9 @@ class SceneConfig:
     psf_ellipticity_change: float = 0.0
     """Change of the first component of the PSF's ellipticity from the lower to the upper border (`float`)."""
 
+    psf_error: float = 0.0
+    """By how much the FWHM of the stamps that are handed out exceeds the true one, relatively (`float`)."""
+
     star_density: float = 15.0
     """Number of single stars of 17 to 25 mag per square arcmin (`float`)."""
 
@@ -113,14 +118,43 @@ class SceneConfig:
     cosmic_ray_density: float = 5.0
     """Number of masked cosmic rays per visit and square arcmin (`float`)."""
 
+    n_unmasked_cosmic_rays: int = 0
+    """Number of cosmic rays per visit of 1 to 5 pixels and 10 to 80 sigma each that no mask shows (`int`)."""
+
     n_bad_columns: int = 1
     """Number of masked bad columns per visit (`int`)."""
 
     partial_fraction: float = 0.25
     """Fraction of the visits that cover only a part of the patch (`float`)."""
 
+    n_gaps: int = 0
+    """Number of strips per visit, 8 to 12 arcsec wide, in which it has no data (`int`)."""
+
+    missing_corner: int = 0
+    """Side in pixels of the square at the upper right corner of the patch that no visit sees (`int`)."""
+
     background_offset: float = 0.0
     """Standard deviation of the visits' background error in units of the sky noise of a pixel (`float`)."""
+
+    background_slope: float = 0.0
+    """Standard deviation of the change of the visits' background error from the left to the right border, and
+    from the lower to the upper one, in units of the sky noise of a pixel (`float`)."""
+
+    noise_correlation: str = "none"
+    """Interpolation kernel by which the noise was resampled from detector pixels: ``none`` for white noise,
+    ``bilinear`` or ``lanczos3`` (`str`).
+
+    The detector of each visit has another orientation and another sub-pixel shift.  The sky noise, hence the
+    depth, is that of a detector pixel; the variance plane is the propagated one of each pixel by itself, as
+    that of Rubin's warps (see `lsst.coadd.deepprior.resampling`).  The PSF stamps include the interpolation.
+    """
+
+    def __post_init__(self) -> None:
+        if self.noise_correlation not in ("none", *KERNELS):
+            raise ValueError(
+                f"There is no noise correlation {self.noise_correlation!r}; choose from none, "
+                f"{', '.join(KERNELS)}."
+            )
 
 
 def make_objects(config: SceneConfig, patch_box: Box) -> Table:
