@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 from __future__ import annotations
 
 import dataclasses
@@ -24,10 +23,6 @@ SIGMA = 0.9
 STARS = [(20.2, 15.7, 4000.0), (55.0, 40.4, 2000.0)]
 
 
-def everything(data: PatchData) -> torch.Tensor:
-    return torch.ones(1, len(data), dtype=torch.bool)
-
-
 def true_latent(data: PatchData) -> torch.Tensor:
     """Return stars as Gaussians of sigma (g^2 - r^2)^(1/2), so that r * u has the PSF g."""
     latent = torch.zeros(data.shape, dtype=data.dtype)
@@ -43,7 +38,7 @@ def test_maximum_likelihood_makes_stars_the_target_at_every_phase() -> None:
     stars = [(14.0 + 25.2 * i, 13.0 + 25.2 * j, 1e4) for i in range(5) for j in range(5)]
     visits = observe(layout, stars, [1.5, 1.8, 2.1, 1.6], noiseless=True, noise=0.1)
     data = PatchData(visits, layout, SIGMA, margin=8)
-    latent = maximum_likelihood(data, everything(data)).latent
+    latent = maximum_likelihood(data, data.sets()).latent
     assert float(latent.min()) >= 0.0
     image = inner_smooth(latent, SIGMA)[0, 8:-8, 8:-8].numpy()
     advertised = fit_star(gaussian_stamp(SIGMA, 25), radius=4).sigma
@@ -60,7 +55,7 @@ def test_objective_falls_and_outliers_do_not_enter() -> None:
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
     objectives: list[float] = []
     solution = maximum_likelihood(
-        data, everything(data), steps=120, progress=lambda step, n_steps, value: objectives.append(value)
+        data, data.sets(), steps=120, progress=lambda step, n_steps, value: objectives.append(value)
     )
     # The accelerated steps are not monotonic, but they stay at the floor once they have reached it.
     settled = objectives[4:] + [float(solution.statistics.objective[0])]
@@ -79,8 +74,8 @@ def test_saturated_cores_are_those_of_the_visits_that_see_them() -> None:
     for visit in visits[:2]:
         visit.good[core] = False
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
-    latent = maximum_likelihood(data, everything(data)).latent[0]
-    layers = coadd_layers(data, latent, [v.psf for v in visits])
+    latent = maximum_likelihood(data, data.sets()).latent[0]
+    layers = coadd_layers(data, latent, visits)
     assert np.nanmax(np.abs(layers.residual / np.sqrt(layers.variance))) < 6.0
     box = inner_smooth(latent, SIGMA)[8 + 18 : 8 + 43, 8 + 27 : 8 + 52]
     assert float(box.sum()) == pytest.approx(flux, rel=5e-3)
@@ -91,7 +86,7 @@ def test_star_outside_the_patch_is_modelled_outside() -> None:
     star = (LAYOUT.shape[1] + 2.0, 30.3, 5e3)
     visits = observe(LAYOUT, [star], [1.5, 1.6, 2.0, 2.1], seed=3)
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
-    image = inner_smooth(maximum_likelihood(data, everything(data)).latent, SIGMA)[0, 8:-8, 8:-8].numpy()
+    image = inner_smooth(maximum_likelihood(data, data.sets()).latent, SIGMA)[0, 8:-8, 8:-8].numpy()
     expected = gaussian_stars(LAYOUT.shape, [star], SIGMA)
     assert image[:, -3:].sum() == pytest.approx(expected[:, -3:].sum(), abs=0.05 * star[2])
 
@@ -102,7 +97,7 @@ def test_layers_of_a_perfect_model() -> None:
     visits = observe(LAYOUT, STARS, [1.5, 2.0, 1.8], seed=5, masked_fraction=0.05)
     visits[1] = dataclasses.replace(visits[1], variance=visits[1].variance * 4)
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
-    layers = coadd_layers(data, true_latent(data), [v.psf for v in visits])
+    layers = coadd_layers(data, true_latent(data), visits)
     weights = np.array([1.0, 0.25, 1.0])
     good = np.array([v.good for v in visits])
     flux = np.array([np.where(v.good, v.flux, 0.0) for v in visits])
@@ -126,8 +121,8 @@ def test_outlier_is_clipped_from_both_coadds_and_flagged() -> None:
     visits = observe(LAYOUT, STARS, [1.5, 2.0, 1.8, 1.6], seed=6)
     visits[2].flux[50, 10:20] += 300.0
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
-    latent = maximum_likelihood(data, everything(data)).latent[0]
-    layers = coadd_layers(data, latent, [v.psf for v in visits])
+    latent = maximum_likelihood(data, data.sets()).latent[0]
+    layers = coadd_layers(data, latent, visits)
     assert layers.clipped[50, 10:20].all()
     around = np.zeros(LAYOUT.shape, dtype=bool)
     around[47:54, 7:23] = True
@@ -142,7 +137,7 @@ def test_faint_trail_is_clipped_though_no_pixel_stands_out() -> None:
     rows = np.arange(80)[:, None]
     visits[2].flux[...] += (2.5 * np.exp(-0.5 * ((rows - 40.0) / 2.0) ** 2)).astype(np.float32)
     data = PatchData(visits, layout, SIGMA, margin=8)
-    layers = coadd_layers(data, torch.zeros(data.shape), [v.psf for v in visits])
+    layers = coadd_layers(data, torch.zeros(data.shape), visits)
     assert layers.clipped[39:42].mean() > 0.8
     assert layers.clipped[:30].mean() == layers.clipped[50:].mean() == 0.0
     assert np.nanmean(layers.coadd[38:43]) < 0.25
@@ -152,7 +147,7 @@ def test_what_most_visits_say_is_no_outlier() -> None:
     """Where the model is wrong in all visits nothing is rejected: the residual shows it."""
     visits = observe(LAYOUT, STARS, [1.5, 2.0, 1.8, 1.6], seed=6)
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
-    layers = coadd_layers(data, torch.zeros(data.shape), [v.psf for v in visits])
+    layers = coadd_layers(data, torch.zeros(data.shape), visits)
     core = (slice(14, 18), slice(18, 23))
     assert not layers.clipped[core].any()
     assert (layers.n_visits[core] == 4).all()
@@ -171,8 +166,8 @@ def test_a_visit_that_ends_inside_a_cell_does_not_enter_it() -> None:
     )
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
     np.testing.assert_array_equal(entering_visits(data)[1], [[False, True, True], [False, False, False]])
-    latent = maximum_likelihood(data, everything(data), steps=20).latent[0]
-    layers = coadd_layers(data, latent, [v.psf for v in visits])
+    latent = maximum_likelihood(data, data.sets(), steps=20).latent[0]
+    layers = coadd_layers(data, latent, visits)
     assert set(np.unique(layers.n_visits[:30, 26:])) <= {2, 3}
     assert layers.n_visits[30:, :].max() == 2
     np.testing.assert_allclose(layers.psf[1, 0], (visits[0].psf[0, 0] + visits[2].psf[0, 0]) / 2, atol=1e-12)
@@ -183,9 +178,7 @@ def test_cells_without_any_visit_are_nan() -> None:
     for visit in visits:
         visit.good[30:, :26] = False
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
-    layers = coadd_layers(
-        data, maximum_likelihood(data, everything(data), steps=20).latent[0], [v.psf for v in visits]
-    )
+    layers = coadd_layers(data, maximum_likelihood(data, data.sets(), steps=20).latent[0], visits)
     assert np.isnan(layers.psf[1, 0]).all()
     assert np.isnan(layers.coadd[30:, :26]).all()
     assert np.isfinite(layers.coadd[:30]).all()

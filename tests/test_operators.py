@@ -5,19 +5,25 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import scipy.signal
 import torch
+from toy import observe
 
 from lsst.coadd.deepprior.operators import CellConvolution, CellLayout, gram_kernels
+from lsst.coadd.deepprior.statistics import PatchData
 
-# Rows, columns, height, width, margin, kernel size.
+# Rows, columns, height, width, margin, kernel size: halos of 3, 4, 5, 2, 0, 6 and 7 pixels, also wider than
+# the cells, cells of one pixel in one direction, and margins wider and narrower than cell and halo.
 GEOMETRIES = [
     (3, 2, 20, 31, 6, 7),
     (1, 1, 17, 40, 5, 9),
     (2, 3, 9, 8, 16, 11),
     (2, 2, 10, 12, 0, 5),
     (1, 4, 7, 9, 3, 1),
+    (5, 4, 3, 4, 8, 13),
+    (4, 2, 1, 6, 2, 15),
 ]
 
 
@@ -35,6 +41,46 @@ def test_adjoint(geometry: tuple[int, ...], dtype: torch.dtype, tolerance: float
     y = torch.randn(2, *layout.canvas_shape(margin), generator=generator, dtype=dtype)
     forward, adjoint = operator.forward(u), operator.adjoint(y)
     assert forward.dtype == adjoint.dtype == dtype
+    difference = (forward * y).sum() - (u * adjoint).sum()
+    assert abs(float(difference)) < tolerance * float(forward.norm() * y.norm())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("geometry", [(2, 3, 5, 4, 3, 5), (3, 2, 2, 3, 2, 7), (2, 2, 4, 3, 0, 3)])
+def test_adjoint_is_the_transposed_matrix(
+    geometry: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    """Every element, from the responses to all single pixels; every row of windows adds up to one."""
+    n_i, n_j, height, width, margin, k = geometry
+    layout = CellLayout(n_i, n_j, height, width)
+    kernels = torch.rand(n_i, n_j, k, k, generator=torch.Generator().manual_seed(8), dtype=dtype)
+    operator = CellConvolution(kernels / kernels.sum(dim=(-2, -1), keepdim=True), layout, margin)
+    shape = layout.canvas_shape(margin)
+    n_pixels = shape[0] * shape[1]
+    pixels = torch.eye(n_pixels, dtype=dtype).reshape(n_pixels, *shape)
+    columns = operator.forward(pixels).reshape(n_pixels, n_pixels)
+    rows = operator.adjoint(pixels).reshape(n_pixels, n_pixels)
+    assert float((columns - rows.T).abs().max()) < tolerance * float(columns.abs().max())
+    halo = k // 2
+    inner = operator.forward(torch.ones(shape, dtype=dtype))[halo:-halo, halo:-halo]
+    torch.testing.assert_close(inner, torch.ones_like(inner))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_adjoint_with_missing_cells(dtype: torch.dtype, tolerance: float) -> None:
+    """A visit that has no PSF in some cells, and no pixel in others, of a patch with PSFs that vary."""
+    layout = CellLayout(3, 2, 11, 14)
+    visit = observe(layout, [(9.0, 12.0, 500.0)], [1.6], seed=3, masked_fraction=0.1)[0]
+    visit.psf[1, 1] = observe(layout, [], [2.1])[0].psf[0, 0]
+    visit.psf[0, 1] = visit.psf[2, 0] = np.nan
+    visit.good[11:22, :14] = False
+    tensors = PatchData([visit], layout, 0.9, margin=7, dtype=dtype).visit(0)
+    weight = tensors.weight[7:-7, 7:-7]
+    assert not bool(weight[:11, 14:].any() or weight[22:, :14].any() or weight[11:22, :14].any())
+    assert bool(weight[11:22, 14:].any())
+    generator = torch.Generator().manual_seed(9)
+    u, y = (torch.randn(layout.canvas_shape(7), generator=generator, dtype=dtype) for _ in range(2))
+    forward, adjoint = tensors.kernel.forward(u), tensors.kernel.adjoint(y)
     difference = (forward * y).sum() - (u * adjoint).sum()
     assert abs(float(difference)) < tolerance * float(forward.norm() * y.norm())
 

@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 from __future__ import annotations
 
 import dataclasses
@@ -80,7 +79,7 @@ def test_model_plus_residual_has_the_flux_of_the_coadd(restored) -> None:
 
 def test_metrics_and_curves(restored) -> None:
     _, result = restored
-    assert result.metrics["method"] == "network"
+    assert result.metrics["method"] == "network fitted from scratch"
     assert result.metrics["n_visits"] == 6
     assert result.metrics["held_out"]["last"] < result.metrics["held_out"]["first"]
     assert result.curves["fit_step"] == [0.0, 25.0, 50.0, 60.0]
@@ -171,7 +170,7 @@ def test_prior_and_data_sides_share_no_noise() -> None:
         visits = observe(layout, [], [1.6, 1.9, 1.7, 2.0], seed=20 + seed, masked_fraction=0.3)
         data = PatchData(visits, layout, 0.9)
         members = torch.tensor([[True, True, False, False]])
-        features = encoder_features(maximum_likelihood(data, members, steps=40))
+        features = encoder_features(maximum_likelihood(data, data.sets(members), steps=40))
         inner = (0, slice(16, -16), slice(16, -16))
         for channel in range(len(FEATURES)):
             image = features.channels[0, channel][inner[1:]].numpy()

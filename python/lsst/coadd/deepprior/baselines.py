@@ -8,24 +8,27 @@
 from __future__ import annotations
 
 __all__ = (
+    "PSF_ERRORS",
     "AcceleratedSteps",
     "MaximumLikelihood",
     "inner_smooth",
     "maximum_likelihood",
     "maximum_likelihood_step",
+    "robust_start",
 )
 
 import dataclasses
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional
 
-from .psf import gaussian_stamp, inner_sigma
-from .statistics import PatchData, SetStatistics
+from .psf import FWHM_PER_SIGMA, gaussian_stamp, inner_sigma
+from .statistics import PatchData, SetStatistics, VisitSets
 
-_PSF_ERRORS = (1.0, 0.3, 0.1, 0.03)
+PSF_ERRORS = (1.0, 0.3, 0.1, 0.03)
 """PSF errors of the first refreshes: star cores are clipped only once the model has come near them."""
 
 _PLAIN_STEPS = 15
@@ -41,14 +44,15 @@ class MaximumLikelihood:
 
     Parameters
     ----------
-    early : `torch.Tensor`, (set, y, x)
-        Latent image after few steps, in nJy.
+    first, early : `torch.Tensor`, (set, y, x)
+        Latent image after very few and after few steps, in nJy.
     latent : `torch.Tensor`, (set, y, x)
         Latent image after all steps, in nJy.
     statistics : `~lsst.coadd.deepprior.statistics.SetStatistics`
         Statistics linearised at ``latent``.
     """
 
+    first: torch.Tensor
     early: torch.Tensor
     latent: torch.Tensor
     statistics: SetStatistics
@@ -69,10 +73,15 @@ def inner_smooth(latent: torch.Tensor, sigma: float) -> torch.Tensor:
     image : `torch.Tensor`, (..., y, x)
         The image x, whose PSF is the target.
     """
-    kernel = torch.as_tensor(gaussian_stamp(inner_sigma(sigma)), dtype=latent.dtype, device=latent.device)
-    flat = latent.reshape(-1, 1, *latent.shape[-2:])
+    return _convolved(latent, gaussian_stamp(inner_sigma(sigma)))
+
+
+def _convolved(images: torch.Tensor, stamp: np.ndarray) -> torch.Tensor:
+    """Convolve images (..., y, x), which are zero outside, with a stamp of odd size."""
+    kernel = torch.as_tensor(stamp, dtype=images.dtype, device=images.device)
+    flat = images.reshape(-1, 1, *images.shape[-2:])
     return torch.nn.functional.conv2d(flat, kernel[None, None], padding=kernel.shape[-1] // 2).reshape(
-        latent.shape
+        images.shape
     )
 
 
@@ -85,7 +94,7 @@ def maximum_likelihood_step(latent: torch.Tensor, statistics: SetStatistics) -> 
     and edges slow nothing down. The ratio is kept above 0.1 so that a pixel that a later refresh needs can
     come back.
     """
-    prediction = statistics.coverage * statistics.gram.forward(latent)
+    prediction = statistics.coverage * statistics.sets.gram.forward(latent)
     ratio = statistics.seen / prediction.clamp_min(torch.finfo(latent.dtype).tiny)
     return latent * torch.where(statistics.coverage > _MIN_COVERAGE, ratio.clamp(0.1, 10.0), 1.0)
 
@@ -94,7 +103,7 @@ class AcceleratedSteps:
     """Multiplicative steps with the vector extrapolation of Biggs & Andrews (1997, Applied Optics 36, 1766).
 
     Every step starts from ``u + a (u - u_previous)`` with ``a`` the correlation of the last two corrections
-    of a set, which takes star cores to the target PSF in some 200 steps instead of thousands.
+    of a set, which takes star cores to the target PSF in some 240 steps instead of thousands.
 
     Parameters
     ----------
@@ -133,12 +142,37 @@ class AcceleratedSteps:
         return new
 
 
+def robust_start(data: PatchData, sets: VisitSets) -> torch.Tensor:
+    """Return a smooth, positive start that outliers of single visits have not reached.
+
+    It is the lower median of the visits, smoothed with a Gaussian as wide as the median seeing, since
+    multiplicative steps keep the pixel noise of their start in whatever the visits are blind to.
+
+    Parameters
+    ----------
+    data : `~lsst.coadd.deepprior.statistics.PatchData`
+        The visits.
+    sets : `~lsst.coadd.deepprior.statistics.VisitSets`
+        The sets.
+
+    Returns
+    -------
+    latent : `torch.Tensor`, (set, y, x)
+        In nJy; 0 where no visit sees the canvas.
+    """
+    seeing = float(np.median(data.seeing[data.group >= 0])) / FWHM_PER_SIGMA
+    sensitivity = sets.gram.forward(torch.ones_like(sets.sensitivity))
+    noise = sensitivity.clamp_min(torch.finfo(data.dtype).tiny).rsqrt()
+    smooth = _convolved(data.lower_median(sets), gaussian_stamp(seeing))
+    return torch.maximum(smooth, 0.1 * noise) * (sensitivity > 0)
+
+
 def maximum_likelihood(
     data: PatchData,
-    members: torch.Tensor,
+    sets: VisitSets,
     *,
-    steps: int = 200,
-    early_steps: int = 40,
+    steps: int = 240,
+    early_steps: tuple[int, int] = (3, 6),
     refresh_every: int = 20,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> MaximumLikelihood:
@@ -152,10 +186,12 @@ def maximum_likelihood(
     ----------
     data : `~lsst.coadd.deepprior.statistics.PatchData`
         The visits.
-    members : `torch.Tensor`, (set, visit), bool
-        Which visits belong to which set.
-    steps, early_steps : `int`, optional
-        Number of steps of the final and of the early image; those of the early one are not accelerated.
+    sets : `~lsst.coadd.deepprior.statistics.VisitSets`
+        The sets.
+    steps : `int`, optional
+        Number of steps of the final image.
+    early_steps : `tuple` [`int`, `int`], optional
+        Number of steps of the first and of the early image, which are not accelerated.
     refresh_every : `int`, optional
         Steps between two passes over the visits.
     progress : `~collections.abc.Callable`, optional
@@ -166,25 +202,23 @@ def maximum_likelihood(
     result : `MaximumLikelihood`
         Latent images and statistics of every set.
     """
-    median = data.lower_median(members)
-    gram = data.gram(members)
-    sensitivity = gram.forward(torch.ones_like(median))
-    noise = sensitivity.clamp_min(torch.finfo(data.dtype).tiny).rsqrt()
-    latent = torch.maximum(median, 0.1 * noise) * (sensitivity > 0)
-    early = latent
+    latent = robust_start(data, sets)
+    first = early = latent
     accelerated: AcceleratedSteps | None = None
     for step in range(steps):
         if step % refresh_every == 0:
             refresh = step // refresh_every
-            error = _PSF_ERRORS[refresh] if refresh < len(_PSF_ERRORS) else data.psf_error
-            statistics = data.linearise(members, latent, gram=gram, psf_error=error)
+            error = PSF_ERRORS[refresh] if refresh < len(PSF_ERRORS) else data.psf_error
+            statistics = data.linearise(sets, latent, psf_error=error)
             if progress is not None:
                 progress(step, steps, float(statistics.objective.mean()))
-        if step < early_steps:
+        if step < early_steps[1]:
             early = maximum_likelihood_step(early, statistics)
+        if step < early_steps[0]:
+            first = early
         if step < _PLAIN_STEPS:
             latent = maximum_likelihood_step(latent, statistics)
         else:
             accelerated = AcceleratedSteps(latent) if accelerated is None else accelerated
             latent = accelerated.step(functools.partial(maximum_likelihood_step, statistics=statistics))
-    return MaximumLikelihood(early, latent, data.linearise(members, latent, gram=gram))
+    return MaximumLikelihood(first, early, latent, data.linearise(sets, latent))

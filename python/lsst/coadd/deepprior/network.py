@@ -16,9 +16,9 @@ import torch.nn.functional
 from torch import nn
 
 from .baselines import MaximumLikelihood
-from .statistics import SetStatistics
+from .statistics import VisitSets
 
-FEATURES = ("coadd", "matched", "early", "base", "residual")
+FEATURES = ("coadd", "matched", "first", "early", "base", "residual")
 """Names of the channels that the network reads, in this order."""
 
 _SIGNAL = 10.0
@@ -69,7 +69,7 @@ def encoder_features(solution: MaximumLikelihood) -> Features:
     """Turn the statistics of sets of visits into the channels of the encoder.
 
     They are the robust inverse-variance coadd, the matched-filter image, the maximum-likelihood images after
-    few and many steps, and the gradient that the last leaves, all divided by the coadd noise
+    very few, few and many steps, and the gradient that the last leaves, all divided by the coadd noise
     ``sensitivity^-1/2`` and asinh-stretched. Those of a set depend on the data of its own visits only.
 
     Parameters
@@ -83,23 +83,24 @@ def encoder_features(solution: MaximumLikelihood) -> Features:
         Channels, start and noise of every set.
     """
     statistics = solution.statistics
+    sets = statistics.sets
     tiny = torch.finfo(statistics.matched.dtype).tiny
-    typical = statistics.sensitivity.amax(dim=(-2, -1), keepdim=True)
-    covered = statistics.sensitivity > 1e-2 * typical
-    sensitivity = torch.maximum(statistics.sensitivity, 1e-2 * typical).clamp_min(tiny)
-    noise = sensitivity.rsqrt()
-    full = torch.maximum(statistics.gram.forward(torch.ones_like(noise)), 1e-2 * typical).clamp_min(tiny)
-    leftover = _significance(statistics, statistics.matched - statistics.gram.forward(solution.early), full)
+    typical = sets.sensitivity.amax(dim=(-2, -1), keepdim=True)
+    covered = sets.sensitivity > 1e-2 * typical
+    noise = torch.maximum(sets.sensitivity, 1e-2 * typical).clamp_min(tiny).rsqrt()
+    full = torch.maximum(sets.gram.forward(torch.ones_like(noise)), 1e-2 * typical).clamp_min(tiny)
+    unresolved = _significance(sets, statistics.matched - sets.gram.forward(solution.early), full)
+    unresolved = (unresolved / _UNRESOLVED).square()
     signal = (solution.early / (_SIGNAL * noise)).square()
-    unresolved = (leftover / _UNRESOLVED).square()
     star = signal / (1.0 + signal) * unresolved / (1.0 + unresolved)
     base = solution.early + star * (solution.latent - solution.early)
     images = (
         statistics.coadd,
         statistics.matched / full,
+        solution.first,
         solution.early,
         solution.latent,
-        (statistics.matched - statistics.gram.forward(solution.latent)) / full,
+        (statistics.matched - sets.gram.forward(solution.latent)) / full,
     )
     return Features(
         channels=torch.stack([torch.asinh(image / noise) * covered for image in images], dim=1),
@@ -110,16 +111,16 @@ def encoder_features(solution: MaximumLikelihood) -> Features:
     )
 
 
-def _significance(statistics: SetStatistics, gradient: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+def _significance(sets: VisitSets, gradient: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     """Return the largest significance of a gradient in the neighbourhood of a pixel, smoothed.
 
     The noise of the gradient ``A u - M`` has the variance of the central value of A, which is taken where the
     set is deepest and scaled with the depth.
     """
     probe = torch.zeros_like(gradient)
-    deepest = statistics.sensitivity.flatten(-2).argmax(dim=-1, keepdim=True)
+    deepest = sets.sensitivity.flatten(-2).argmax(dim=-1, keepdim=True)
     probe.flatten(-2).scatter_(-1, deepest, 1.0)
-    central = ((statistics.gram.forward(probe) / full) * probe).sum(dim=(-2, -1), keepdim=True)
+    central = ((sets.gram.forward(probe) / full) * probe).sum(dim=(-2, -1), keepdim=True)
     significance = gradient.abs() / (central * full).clamp_min(torch.finfo(full.dtype).tiny).sqrt()
     half = _NEIGHBOURHOOD // 2
     largest = torch.nn.functional.max_pool2d(significance, _NEIGHBOURHOOD, stride=1, padding=half)

@@ -111,7 +111,7 @@ def _grown_peaks(significance: torch.Tensor, reach: int) -> torch.Tensor:
     return near & (significance > _OUTLIER_RIM_SIGMA)
 
 
-def coadd_layers(data: PatchData, latent: torch.Tensor, psfs: Sequence[np.ndarray]) -> CoaddLayers:
+def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[Observation]) -> CoaddLayers:
     """Coadd the visits, and what the model leaves of them, in one pass.
 
     Parameters
@@ -120,8 +120,8 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, psfs: Sequence[np.ndarra
         The visits.
     latent : `torch.Tensor`, (y, x)
         Latent image u on the canvas, in nJy.
-    psfs : `~collections.abc.Sequence` [`numpy.ndarray`]
-        PSF stamps (i, j, k, k) of every visit, in which k may differ.
+    observations : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.observation.Observation`]
+        The same visits, for their PSFs.
 
     Returns
     -------
@@ -139,8 +139,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, psfs: Sequence[np.ndarra
     total, accepted_total = np.zeros((5, *layout.shape)), np.zeros((5, *layout.shape))
     count, n_good, n_rejected, n_entering = (np.zeros(layout.shape, dtype=np.int16) for _ in range(4))
     reject = int((data.weight > 0.0).any(axis=(1, 2)).sum()) >= _MIN_VISITS_FOR_OUTLIERS
-    size = max(psf.shape[-1] for psf in psfs)
-    psf = np.zeros((layout.n_i, layout.n_j, size, size))
+    psf = np.zeros((layout.n_i, layout.n_j, 1, 1))
     for index, visit in data.visits():
         prediction = visit.kernel.forward(latent)
         residual = visit.flux - prediction
@@ -169,9 +168,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, psfs: Sequence[np.ndarra
             outlier = outlier[inner].cpu().numpy() & (w > 0)
             n_rejected += outlier
             accepted_total += terms * ~outlier
-        border = (size - psfs[index].shape[-1]) // 2
-        stamps = np.pad(np.nan_to_num(psfs[index]), ((0, 0), (0, 0), (border, border), (border, border)))
-        psf += weight[index][:, :, None, None] * stamps
+        psf = _add_stamps(psf, weight[index][:, :, None, None] * np.nan_to_num(observations[index].psf))
     # Where half of the visits or more are far from the model, it is the model that is wrong.
     clipped = (n_rejected > 0) & (2 * n_rejected < count)
     total = np.where(clipped, accepted_total, total)
@@ -191,6 +188,14 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, psfs: Sequence[np.ndarra
         weight=weight,
         chi2=float(total[4].sum()) / max(int(n_visits.sum()), 1),
     )
+
+
+def _add_stamps(total: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+    """Add stamps (i, j, k, k) of odd sizes about their centres."""
+    difference = (stamps.shape[-1] - total.shape[-1]) // 2
+    grow, border = max(difference, 0), max(-difference, 0)
+    total = np.pad(total, ((0, 0), (0, 0), (grow, grow), (grow, grow)))
+    return total + np.pad(stamps, ((0, 0), (0, 0), (border, border), (border, border)))
 
 
 class NoisyModel(Sequence[Observation]):

@@ -10,8 +10,11 @@ from __future__ import annotations
 __all__ = ("Observation",)
 
 import dataclasses
+import math
 
 import numpy as np
+
+from .psf import fwhm
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,3 +75,8 @@ class Observation:
     def has_psf(self) -> np.ndarray:
         """Cells in which the visit has a PSF (`numpy.ndarray`, (cell_i, cell_j), bool)."""
         return np.isfinite(self.psf).all(axis=(2, 3))
+
+    def seeing(self) -> float:
+        """Return the FWHM of the PSF in the middle one of its cells in pixels, NaN without any."""
+        cells = np.argwhere(self.has_psf)
+        return fwhm(self.psf[tuple(cells[len(cells) // 2])]) if len(cells) else math.nan

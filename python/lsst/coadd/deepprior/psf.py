@@ -27,6 +27,7 @@ __all__ = (
 )
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 
@@ -130,42 +131,47 @@ def inner_sigma(sigma: float) -> float:
     return _INNER_TO_TARGET * sigma
 
 
-def _transfer(stamp: np.ndarray, size: int) -> np.ndarray:
-    """Fourier transform of a stamp whose central pixel is the origin, on a grid of ``size`` pixels."""
+@functools.lru_cache(maxsize=32)
+def _gaussian_transfer(sigma: float, size: int) -> np.ndarray:
+    """Fourier transform of `gaussian_stamp` with its central pixel as origin, on a grid of some size."""
+    stamp = gaussian_stamp(sigma)
     padded = np.zeros((size, size))
     half = stamp.shape[0] // 2
     padded[: stamp.shape[0], : stamp.shape[1]] = stamp
     return scipy.fft.rfft2(np.roll(padded, (-half, -half), axis=(0, 1)))
 
 
-def _divide_by_target(psf: np.ndarray, sigma: float, numerator_sigma: float | None) -> np.ndarray:
-    """Fourier division of a stamp by g, times a Gaussian in the numerator if asked for."""
-    psf = _check_stamp(psf)
-    k = psf.shape[0]
+def _divide_by_target(psfs: np.ndarray, sigma: float, numerator_sigma: float | None) -> np.ndarray:
+    """Fourier division of stamps by g, times a Gaussian in the numerator if asked for."""
+    psfs = np.asarray(psfs, dtype=np.float64)
+    k = psfs.shape[-1]
+    for stamp in psfs.reshape(-1, *psfs.shape[-2:]):
+        _check_stamp(stamp)
+    # The stamps' central pixel stays at (k // 2, k // 2), so that the quotient is centred there too.
     size = scipy.fft.next_fast_len(2 * k + 1, real=True)
-    g = _transfer(gaussian_stamp(sigma), size)
-    quotient = _transfer(psf, size) * np.conj(g) / (np.abs(g) ** 2 + _REGULARISATION**2)
+    g = _gaussian_transfer(sigma, size)
+    factor = np.conj(g) / (np.abs(g) ** 2 + _REGULARISATION**2)
     if numerator_sigma is not None:
-        quotient *= _transfer(gaussian_stamp(numerator_sigma), size)
-    kernel = np.roll(scipy.fft.irfft2(quotient, s=(size, size)), (k // 2, k // 2), axis=(0, 1))[:k, :k]
-    return kernel / kernel.sum()
+        factor = factor * _gaussian_transfer(numerator_sigma, size)
+    kernels = scipy.fft.irfft2(scipy.fft.rfft2(psfs, s=(size, size)) * factor, s=(size, size))[..., :k, :k]
+    return kernels / kernels.sum(axis=(-2, -1), keepdims=True)
 
 
 def data_kernel(psf: np.ndarray, sigma: float) -> np.ndarray:
-    """Compute the kernel ``k = r * (f / g)`` that carries the latent image u to a visit.
+    """Compute the kernels ``k = r * (f / g)`` that carry the latent image u to a visit.
 
     ``f / g`` is the regularised Fourier division of the discrete stamps, ``F G* / (|G|^2 + e^2)``.
 
     Parameters
     ----------
-    psf : `numpy.ndarray`, (k, k)
-        PSF f of the visit: odd-sized stamp, any positive sum.
+    psf : `numpy.ndarray`, (..., k, k)
+        PSF f of the visit: odd-sized stamps, any positive sum.
     sigma : `float`
         Sigma of the target g in pixels.
 
     Returns
     -------
-    kernel : `numpy.ndarray`, (k, k)
+    kernel : `numpy.ndarray`, (..., k, k)
         Unit sum.
 
     Raises
@@ -177,7 +183,7 @@ def data_kernel(psf: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def carry_kernel(psf: np.ndarray, sigma: float) -> np.ndarray:
-    """Compute the kernel ``f / g`` that carries the restored image x to an image of PSF f.
+    """Compute the kernels ``f / g`` that carry the restored image x to an image of PSF f.
 
     Parameters, return value and errors are those of `data_kernel`.
     """

@@ -24,18 +24,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from .baselines import MaximumLikelihood, inner_smooth, maximum_likelihood
+from .baselines import inner_smooth, maximum_likelihood
+from .conditions import patch_conditions
+from .fit import N_TURNS, SplitLoss, WeightAverage, latent_image, make_trunk, one_cycle
+from .groups import deal_splits
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
 from .observation import Observation
 from .operators import CellLayout
-from .psf import FWHM_PER_SIGMA, fwhm, gaussian_stamp, target_sigma
-from .statistics import NothingToRestoreError, PatchData, SetStatistics, deal_splits
+from .psf import FWHM_PER_SIGMA, gaussian_stamp, target_sigma
+from .statistics import NothingToRestoreError, PatchData, VisitSets
+from .weights import TrainedNetwork
 
 Progress = Callable[[str, int, int, float], None]
 """Called with the phase, the step, the number of steps and the loss."""
 
-_MARGIN = 16
+MARGIN = 16
 """Width in pixels of the canvas around the patch, for the light of sources just outside."""
 
 _N_PUBLISHED = 1
@@ -74,7 +78,7 @@ class RestoreSettings:
     """
 
     target_fwhm: float | None = None
-    base_steps: int = 200
+    base_steps: int = 240
     steps: int = 400
     refresh_every: int = 25
     learning_rate: float = 2e-3
@@ -161,116 +165,39 @@ class Restoration:
     metrics: dict[str, Any]
 
 
-def _visit_psfs(observations: Sequence[Observation]) -> tuple[list[np.ndarray], list[float]]:
-    """Read the PSFs of all visits; return stamps and FWHM (NaN without a PSF)."""
-    psfs, seeing = [], []
-    for observation in observations:
-        psfs.append(observation.psf)
-        cells = np.argwhere(observation.has_psf)
-        seeing.append(fwhm(observation.psf[tuple(cells[len(cells) // 2])]) if len(cells) else math.nan)
-    return psfs, seeing
+def _fit_scratch(data: PatchData, settings: RestoreSettings, progress: Progress | None) -> tuple[Trunk, list]:
+    """Fit a network with a random start to the splits of a patch; return it with its learning curve."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    encoder, loss = deal_splits(data.n_groups, settings.n_splits, generator)
+    split_loss = SplitLoss(data, encoder, loss, settings.base_steps)
+    net = make_trunk(settings.seed, data.device, data.dtype)
+    average = WeightAverage(net, _AVERAGING)
+    optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, settings.steps))
+    curve: list[tuple[int, float]] = []
 
-
-def _correct(net: Trunk, features: Features) -> torch.Tensor:
-    """Return z of one set: the base plus the gated correction of the network."""
-    return features.start + features.gate * net(features.channels[None])[0]
-
-
-def _turned(channels: torch.Tensor, turn: int) -> torch.Tensor:
-    """Rotate by ``turn % 4`` right angles, and mirror where ``turn >= 4``."""
-    rotated = torch.rot90(channels, turn % 4, (-2, -1))
-    return rotated.flip(-1) if turn >= 4 else rotated
-
-
-def _turned_back(image: torch.Tensor, turn: int) -> torch.Tensor:
-    """Undo `_turned`."""
-    return torch.rot90(image.flip(-1) if turn >= 4 else image, -(turn % 4), (-2, -1))
-
-
-class _Fit:
-    """Fit of the network to the splits of a patch.
-
-    The gradient of the loss with respect to z is ``(c A u - N) du/dz``, with N the matched image of the
-    clipped data and c the part of the prediction that has data. It is taken on the visits that the encoder
-    did not read, and divided by ``sqrt(1 + (du/dz)^2 D)``, D the diagonal scale of A, so that bright stars do
-    not own the fit. Features are turned and mirrored at random, which keeps the network from learning the
-    noise of the patch by heart.
-    """
-
-    def __init__(
-        self, data: PatchData, encoder: torch.Tensor, loss: torch.Tensor, settings: RestoreSettings
-    ) -> None:
-        self._data = data
-        self._settings = settings
-        self._loss_members = loss
-        self._gram = data.gram(loss)
-        self._generator = torch.Generator().manual_seed(settings.seed + 1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self.net = Trunk().to(device=data.device, dtype=data.dtype)
-        self._average = [p.detach().clone() for p in self.net.parameters()]
-        self.curve: list[tuple[int, float]] = []
-
-    def run(self, features: Features, progress: Progress | None) -> None:
-        """Fit the network to the features of the encoder sides; afterwards it has the averaged weights."""
-        settings = self._settings
-        n_splits = len(self._loss_members)
-        optimizer = torch.optim.Adam(self.net.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
-        warm_up = max(1, settings.steps // 20)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: (
-                min(1.0, (step + 1) / warm_up)
-                * 0.5
-                * (1.0 + math.cos(math.pi * min(1.0, step / settings.steps)))
-            ),
-        )
-        scale = self._gram.forward(torch.ones_like(features.start))
-        order: list[int] = []
-        for step in range(settings.steps):
-            if step % settings.refresh_every == 0:
-                statistics = self._refresh(features, step, progress)
-            if not order:
-                order = torch.randperm(n_splits, generator=self._generator).tolist()
-            split = order.pop()
-            turn = int(torch.randint(8, (1,), generator=self._generator))
-            one = features[split]
-            correction = _turned_back(self.net(_turned(one.channels, turn)[None])[0], turn)
-            z = one.start + one.gate * correction
-            with torch.no_grad():
-                latent, slope = latent_and_slope(z, one.noise)
-                prediction = statistics.coverage[split] * self._gram[split].forward(latent)
-                gradient = (prediction - statistics.seen[split]) * slope * one.covered
-                gradient /= torch.sqrt(1.0 + slope.square() * scale[split])
-            optimizer.zero_grad(set_to_none=True)
-            z.backward(gradient / gradient.numel())
-            optimizer.step()
-            schedule.step()
-            decay = min(_AVERAGING, (1.0 + step) / (10.0 + step))
-            for average, parameter in zip(self._average, self.net.parameters(), strict=True):
-                average.lerp_(parameter.detach(), 1.0 - decay)
-        with torch.no_grad():
-            for average, parameter in zip(self._average, self.net.parameters(), strict=True):
-                parameter.copy_(average)
-        self._refresh(features, settings.steps, progress)
-
-    def _refresh(self, features: Features, step: int, progress: Progress | None) -> SetStatistics:
-        """Linearise the loss side of every split at that split's own model."""
-        with torch.no_grad():
-            models = torch.stack(
-                [
-                    latent_and_slope(_correct(self.net, features[split]), features.noise[split])[0]
-                    for split in range(len(self._loss_members))
-                ]
-            )
-            statistics = self._data.linearise(self._loss_members, models, gram=self._gram)
-        held_out = float(statistics.objective.mean())
-        self.curve.append((step, held_out))
+    def refresh(step: int) -> None:
+        held_out = split_loss.refresh(net)
+        curve.append((step, held_out))
         if not math.isfinite(held_out):
             raise FloatingPointError(f"The fit diverged at step {step}; lower the learning rate.")
         if progress is not None:
-            progress("fit", step, self._settings.steps, held_out)
-        return statistics
+            progress("fit", step, settings.steps, held_out)
+
+    order: list[int] = []
+    for step in range(settings.steps):
+        if step % settings.refresh_every == 0:
+            refresh(step)
+        if not order:
+            order = torch.randperm(len(split_loss), generator=generator).tolist()
+        optimizer.zero_grad(set_to_none=True)
+        split_loss.backward(net, order.pop(), int(torch.randint(N_TURNS, (1,), generator=generator)))
+        optimizer.step()
+        schedule.step()
+        average.update(net, step)
+    average.copy_to(net)
+    refresh(settings.steps)
+    return net, curve
 
 
 def restore(
@@ -278,6 +205,7 @@ def restore(
     layout: CellLayout,
     settings: RestoreSettings = RestoreSettings(),
     *,
+    network: TrainedNetwork | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Restoration:
@@ -291,6 +219,9 @@ def restore(
         Cells of the patch.
     settings : `RestoreSettings`, optional
         Numerical settings.
+    network : `~lsst.coadd.deepprior.weights.TrainedNetwork`, optional
+        A trained network, which is used as it is. Without one, or where the patch is outside of what it was
+        trained on, a network with a random start is fitted to the patch.
     device : `torch.device` or `str`, optional
         Where to compute.
     progress : `~collections.abc.Callable`, optional
@@ -312,11 +243,11 @@ def restore(
 
     Notes
     -----
-    With a single visit there is nothing to split: the result is the maximum-likelihood base, and
-    ``metrics["method"]`` says so.
+    Without a trained network a single visit cannot be restored by one, since there is nothing to split: the
+    result is the maximum-likelihood base. ``metrics["method"]`` says what was done.
     """
     started = time.monotonic()
-    psfs, seeing = _visit_psfs(observations)
+    seeing = [observation.seeing() for observation in observations]
     if not np.any(np.isfinite(seeing)):
         raise NothingToRestoreError("No visit of the patch has a PSF in any cell.")
     sigma = target_sigma([s for s in seeing if math.isfinite(s)], settings.target_fwhm)
@@ -324,11 +255,12 @@ def restore(
         observations,
         layout,
         sigma,
-        margin=_MARGIN,
+        margin=MARGIN,
         huber_delta=settings.huber_delta,
         psf_error=settings.psf_error,
         device=device,
     )
+    sets = data.sets()
     times = {"read": time.monotonic() - started}
     curves: dict[str, list[float]] = {"base_step": [], "base_objective": [], "fit_step": [], "held_out": []}
 
@@ -338,41 +270,33 @@ def restore(
         if progress is not None:
             progress("base", step, n_steps, objective)
 
-    usable = torch.as_tensor((data.weight > 0.0).any(axis=(1, 2)))
-    everything = usable[None]
-    n_usable = int(usable.sum())
-    method = "network" if n_usable > 1 else "maximum likelihood: one visit cannot be split"
-    if settings.steps == 0:
-        method = "maximum likelihood: no steps asked for"
     mark = time.monotonic()
+    solution = maximum_likelihood(data, sets, steps=settings.base_steps, progress=base_progress)
+    features = encoder_features(solution)[0]
+    conditions = patch_conditions(data, solution)
+    times["base"] = time.monotonic() - mark
+    mark = time.monotonic()
+    outside = network.outside(conditions) if network is not None else []
     net: Trunk | None = None
-    if method == "network":
-        generator = torch.Generator().manual_seed(settings.seed)
-        dealt = deal_splits(n_usable, settings.n_splits, generator)
-        encoder, loss = (torch.zeros(len(side), len(data), dtype=torch.bool) for side in dealt)
-        encoder[:, usable], loss[:, usable] = dealt
-        sides = torch.cat([encoder, everything])
-        solution = maximum_likelihood(data, sides, steps=settings.base_steps, progress=base_progress)
-        features = encoder_features(solution)
-        times["base"] = time.monotonic() - mark
-        mark = time.monotonic()
-        fit = _Fit(data, encoder, loss, settings)
-        fit.run(features[: len(encoder)], progress)
-        curves["fit_step"] = [float(step) for step, _ in fit.curve]
-        curves["held_out"] = [value for _, value in fit.curve]
-        net = fit.net
-        latent = _latent(net, features[-1])
-        times["fit"] = time.monotonic() - mark
+    if network is not None and not outside:
+        net, method = network.trunk.to(device=data.device, dtype=data.dtype), "pretrained network"
+    elif settings.steps == 0:
+        method = "maximum likelihood: no steps asked for"
+    elif data.n_groups == 1:
+        method = "maximum likelihood: one visit cannot be split"
     else:
-        solution = maximum_likelihood(data, everything, steps=settings.base_steps, progress=base_progress)
-        latent = _base_latent(solution)
-        times["base"] = time.monotonic() - mark
+        net, curve = _fit_scratch(data, settings, progress)
+        method = "network fitted from scratch"
+        curves["fit_step"] = [float(step) for step, _ in curve]
+        curves["held_out"] = [value for _, value in curve]
+    latent = _latent(net, features)
+    times["fit"] = time.monotonic() - mark
     mark = time.monotonic()
     image = _image(data, latent)
-    layers = coadd_layers(data, latent, psfs)
+    layers = coadd_layers(data, latent, observations)
     times["coadd"] = time.monotonic() - mark
     mark = time.monotonic()
-    variance, draws = _variance(observations, data, latent, everything, net, settings, progress)
+    variance, draws = _variance(observations, data, latent, sets, net, settings, progress)
     times["noise"] = time.monotonic() - mark
     covered = layers.n_good > 0
     times["total"] = time.monotonic() - started
@@ -396,21 +320,14 @@ def restore(
         cell_overlap=data.overlap,
         curves=curves,
         metrics=_metrics(
-            observations, seeing, sigma, layers, image, variance, method, n_usable, settings, curves, times
+            observations, data, layers, image, variance, method, conditions, outside, settings, curves, times
         ),
     )
 
 
-def _latent(net: Trunk, features: Features) -> torch.Tensor:
-    """Apply the network to one set and return the latent image."""
-    with torch.no_grad():
-        return latent_and_slope(_correct(net, features), features.noise)[0]
-
-
-def _base_latent(solution: MaximumLikelihood) -> torch.Tensor:
-    """Return the latent image of the only set without a network."""
-    features = encoder_features(solution)
-    return latent_and_slope(features.start, features.noise)[0][0]
+def _latent(net: Trunk | None, features: Features) -> torch.Tensor:
+    """Return the latent image of one set, that of the base without a network."""
+    return latent_and_slope(features.start, features.noise)[0] if net is None else latent_image(net, features)
 
 
 def _image(data: PatchData, latent: torch.Tensor) -> np.ndarray:
@@ -424,7 +341,7 @@ def _variance(
     observations: Sequence[Observation],
     data: PatchData,
     latent: torch.Tensor,
-    everything: torch.Tensor,
+    sets: VisitSets,
     net: Trunk | None,
     settings: RestoreSettings,
     progress: Progress | None,
@@ -436,8 +353,8 @@ def _variance(
         noisy = data.with_observations(
             NoisyModel(observations, data, latent, settings.seed + 1000 * (draw + 1))
         )
-        solution = maximum_likelihood(noisy, everything, steps=settings.base_steps)
-        again = _base_latent(solution) if net is None else _latent(net, encoder_features(solution)[0])
+        solution = maximum_likelihood(noisy, sets, steps=settings.base_steps)
+        again = _latent(net, encoder_features(solution)[0])
         differences.append(_image(data, again) - image)
         if progress is not None:
             progress("noise", draw + 1, settings.n_variance_draws, float(np.std(differences[-1])))
@@ -447,13 +364,13 @@ def _variance(
 
 def _metrics(
     observations: Sequence[Observation],
-    seeing: Sequence[float],
-    sigma: float,
+    data: PatchData,
     layers: CoaddLayers,
     image: np.ndarray,
     variance: np.ndarray,
     method: str,
-    n_usable: int,
+    conditions: dict[str, float],
+    outside: list[str],
     settings: RestoreSettings,
     curves: dict[str, list[float]],
     times: dict[str, float],
@@ -463,12 +380,13 @@ def _metrics(
     seen = layers.n_visits > 0
     return {
         "method": method,
-        "n_visits": n_usable,
+        "n_visits": int((data.group >= 0).sum()),
+        "network": {"conditions": conditions, "outside": outside},
         "settings": dataclasses.asdict(settings),
         "psf": {
-            "target_fwhm_pixels": sigma * FWHM_PER_SIGMA,
+            "target_fwhm_pixels": data.sigma * FWHM_PER_SIGMA,
             "visit_fwhm_pixels": {
-                observation.name: float(s) for observation, s in zip(observations, seeing, strict=True)
+                observation.name: float(s) for observation, s in zip(observations, data.seeing, strict=True)
             },
         },
         "noise": {

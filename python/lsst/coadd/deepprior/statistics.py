@@ -18,12 +18,14 @@ quadratic that needs the visits no more (Huber & Ronchetti 2009, Robust Statisti
 .. math:: Q(u) = \tfrac12 u^T A u - u^T M, \quad A = \sum_t K_t^T w_t K_t, \quad
           M = A u_0 + \sum_t K_t^T m_t w_t\, \mathrm{clip}(y_t - K_t u_0, \pm\delta s_t).
 
-A visit is read once for all sets it belongs to, and dropped.
+Visits are dealt into a fixed number of groups and sets are made of groups, so neither the memory nor the
+cost of a step of a fit depends on the number of visits; a visit is read once for all sets that it belongs to,
+and dropped.
 """
 
 from __future__ import annotations
 
-__all__ = ("NothingToRestoreError", "PatchData", "SetStatistics", "VisitTensors", "deal_splits")
+__all__ = ("NothingToRestoreError", "PatchData", "SetStatistics", "VisitSets", "VisitTensors")
 
 import copy
 import dataclasses
@@ -34,9 +36,17 @@ import numpy as np
 import torch
 import torch.nn.functional
 
+from .groups import deal_groups, lower_median
 from .observation import Observation
 from .operators import CellConvolution, CellLayout, gram_kernels
 from .psf import data_kernel
+
+_KERNEL_CACHE_BYTES = 64 * 2**20
+"""Memory that kernels of visits may take; others are made anew each time."""
+
+
+_MAX_COVERAGE = 2.0
+"""Largest coverage; a bound of 1 would shift the solution where A predicts less than the visits do."""
 
 
 class NothingToRestoreError(ValueError):
@@ -55,36 +65,59 @@ class VisitTensors:
 
 
 @dataclasses.dataclass(frozen=True)
-class SetStatistics:
-    """What the numerics keep of several sets of visits; the leading dimension of all images is the set.
+class VisitSets:
+    """Sets of groups of visits, and what depends on their masks, weights and PSFs but not on their pixels.
 
     Parameters
     ----------
+    members : `torch.Tensor`, (set, group), bool
+        Which groups of visits belong to which set.
     gram : `~lsst.coadd.deepprior.operators.CellConvolution`
-        The operator A.
+        The operator A of every set.
+    sensitivity : `torch.Tensor`, (set, y, x)
+        ``sum_t K_t^T w_t m_t``: the inverse variance with which the set sees a pixel of the canvas (1/nJy^2).
+    depth : `torch.Tensor`, (set, y, x)
+        ``sum_t w_t m_t`` of the pixel itself (1/nJy^2).
+    n_pixels : `torch.Tensor`, (set,)
+        Number of good pixels of all visits of the set.
+    """
+
+    members: torch.Tensor
+    gram: CellConvolution
+    sensitivity: torch.Tensor
+    depth: torch.Tensor
+    n_pixels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+
+@dataclasses.dataclass(frozen=True)
+class SetStatistics:
+    """What the numerics keep of the data of several sets; the leading dimension of all images is the set.
+
+    Parameters
+    ----------
+    sets : `VisitSets`
+        The sets.
     matched : `torch.Tensor`, (set, y, x)
         The image M on the canvas, in 1/nJy.
     seen : `torch.Tensor`, (set, y, x)
         ``sum_t K_t^T w_t m_t y^_t`` with y^ the clipped data: M without what stands in for masked pixels, in
         1/nJy.
     coverage : `torch.Tensor`, (set, y, x)
-        ``sum_t K_t^T w_t m_t K_t u_0`` over ``A u_0``: the part of the prediction of A that has data, 0 to 1.
-    sensitivity : `torch.Tensor`, (set, y, x)
-        ``sum_t K_t^T w_t m_t``: the inverse variance with which the set sees a pixel of the canvas (1/nJy^2).
-    depth : `torch.Tensor`, (set, y, x)
-        ``sum_t w_t m_t`` of the pixel itself (1/nJy^2).
+        ``sum_t K_t^T w_t m_t K_t u_0`` over ``A u_0``: the part of the prediction of A that has data, 0 to 1,
+        and a little more where A predicts too little because PSFs or weights change at the border of a cell.
     coadd : `torch.Tensor`, (set, y, x)
         Weighted mean of the clipped visits, 0 where no visit is good (nJy).
     objective : `torch.Tensor`, (set,)
         Robust objective L at the model of the linearisation, divided by the number of good pixels.
     """
 
-    gram: CellConvolution
+    sets: VisitSets
     matched: torch.Tensor
     seen: torch.Tensor
     coverage: torch.Tensor
-    sensitivity: torch.Tensor
-    depth: torch.Tensor
     coadd: torch.Tensor
     objective: torch.Tensor
 
@@ -138,7 +171,7 @@ class PatchData:
         self.dtype = dtype
         self.shape = layout.canvas_shape(margin)
         self._observations = observations
-        self._kernels: list[torch.Tensor] = []
+        self._kept_kernels: dict[int, torch.Tensor] = {}
         n_visits = len(observations)
         self.weight = np.zeros((n_visits, layout.n_i, layout.n_j))
         """Inverse sky variance of visit and cell, 0 without a good pixel ((visit, i, j), 1/nJy^2)."""
@@ -146,10 +179,16 @@ class PatchData:
         """Fraction of the pixels of the cell that are good ((visit, i, j))."""
         self.overlap = np.zeros_like(self.weight)
         """Fraction of the cell that the visit's box covers ((visit, i, j))."""
+        self.seeing = np.full(n_visits, np.nan)
+        """FWHM of the PSF of every visit in pixels, in the middle one of its cells."""
         for index, observation in enumerate(observations):
             self._add(index, observation)
         if not np.any(self.weight > 0.0):
             raise NothingToRestoreError("No visit of the patch has a good pixel in a cell with a PSF.")
+        depth = (self.weight * self.good_fraction).sum(axis=(1, 2))
+        self.group = deal_groups(depth, self.seeing)
+        """Group of every visit, -1 for those without a good pixel ((visit,), int)."""
+        self._group_gram = self._sum_gram()
 
     def __len__(self) -> int:
         return len(self._observations)
@@ -162,8 +201,13 @@ class PatchData:
         other._observations = observations
         return other
 
+    @property
+    def n_groups(self) -> int:
+        """Number of groups of visits (`int`)."""
+        return int(self.group.max()) + 1
+
     def _add(self, index: int, observation: Observation) -> None:
-        """Weigh a visit cell by cell and make its kernels."""
+        """Check a visit, and weigh it cell by cell."""
         layout = self.layout
         if observation.psf.shape[:2] != (layout.n_i, layout.n_j):
             raise ValueError(
@@ -185,28 +229,23 @@ class PatchData:
             if has_psf[i, j] and good.any():
                 self.good_fraction[index, i, j] = good.sum() / area
                 self.weight[index, i, j] = 1.0 / float(np.median(observation.variance[ys, xs][good]))
-        self._kernels.append(self._fill_and_divide(observation.psf, has_psf))
+        self.seeing[index] = observation.seeing()
 
-    def _fill_and_divide(self, psf: np.ndarray, has_psf: np.ndarray) -> torch.Tensor:
+    def _kernels(self, index: int, observation: Observation) -> torch.Tensor:
         """Make the data kernels; a cell without a PSF, of weight 0, borrows that of the nearest cell."""
-        if not has_psf.any():
-            return torch.ones((*psf.shape[:2], 1, 1), dtype=self.dtype, device=self.device)
-        filled = psf.copy()
+        if index in self._kept_kernels:
+            return self._kept_kernels[index]
+        filled, has_psf = observation.psf.copy(), observation.has_psf
         have = np.argwhere(has_psf)
         for i, j in np.argwhere(~has_psf):
             nearest = have[np.argmin(((have - (i, j)) ** 2).sum(axis=1))]
-            filled[i, j] = psf[nearest[0], nearest[1]]
-        first = data_kernel(filled[0, 0], self.sigma)
-        kernels = np.array(
-            [
-                [
-                    first if np.array_equal(stamp, filled[0, 0]) else data_kernel(stamp, self.sigma)
-                    for stamp in row
-                ]
-                for row in filled
-            ]
-        )
-        return torch.as_tensor(kernels, dtype=self.dtype, device=self.device)
+            filled[i, j] = filled[nearest[0], nearest[1]]
+        constant = bool((filled == filled[:1, :1]).all())
+        kernels = data_kernel(filled[:1, :1] if constant else filled, self.sigma)
+        result = torch.as_tensor(kernels, dtype=self.dtype, device=self.device).expand(filled.shape)
+        if (len(self._kept_kernels) + 1) * result.nbytes <= _KERNEL_CACHE_BYTES:
+            self._kept_kernels[index] = result
+        return result
 
     def _on_canvas(self, array: np.ndarray, origin: tuple[int, int]) -> torch.Tensor:
         """Place the array of a visit on the canvas, 0 elsewhere."""
@@ -232,7 +271,7 @@ class PatchData:
             flux=self._on_canvas(np.where(good, observation.flux, 0.0), observation.origin),
             variance=self._on_canvas(np.where(good, observation.variance, 1.0), observation.origin),
             weight=self._on_canvas(np.where(good, cell_weight, 0.0), observation.origin),
-            kernel=CellConvolution(self._kernels[index], self.layout, self.margin),
+            kernel=CellConvolution(self._kernels(index, observation), self.layout, self.margin),
         )
 
     def visits(self) -> Iterator[tuple[int, VisitTensors]]:
@@ -248,54 +287,77 @@ class PatchData:
         error = self.psf_error if psf_error is None else psf_error
         return torch.sqrt(visit.variance + (error * prediction).square())
 
-    def gram(self, members: torch.Tensor) -> CellConvolution:
-        """Build the operator A of sets of visits.
+    def _sum_gram(self) -> torch.Tensor:
+        """Add up the kernels of ``K^T w K`` of the visits of every group (group, i, j, k, k)."""
+        total = torch.zeros((self.n_groups, self.layout.n_i, self.layout.n_j, 1, 1), dtype=self.dtype)
+        total = total.to(self.device)
+        for index in np.flatnonzero(self.group >= 0):
+            gram = gram_kernels(self._kernels(int(index), self._observations[int(index)]))
+            weight = torch.as_tensor(self.weight[index], dtype=self.dtype, device=self.device)
+            gram = weight[:, :, None, None] * gram
+            border = (total.shape[-1] - gram.shape[-1]) // 2
+            total = torch.nn.functional.pad(total, (max(-border, 0),) * 4)
+            total[self.group[index]] += torch.nn.functional.pad(gram, (max(border, 0),) * 4)
+        return total
+
+    def central_gram(self) -> torch.Tensor:
+        """Return the central values of the kernels of A of all visits, the variance of M (i, j)."""
+        half = self._group_gram.shape[-1] // 2
+        return self._group_gram[..., half, half].sum(dim=0)
+
+    def sets(self, members: torch.Tensor | None = None) -> VisitSets:
+        """Read the visits once for what their masks, weights and PSFs say of sets of groups.
 
         Parameters
         ----------
-        members : `torch.Tensor`, (set, visit), bool
-            Which visits belong to which set.
+        members : `torch.Tensor`, (set, group), bool, optional
+            Which groups of visits belong to which set; the default is one set of all.
 
         Returns
         -------
-        gram : `~lsst.coadd.deepprior.operators.CellConvolution`
-            One operator a set.
+        sets : `VisitSets`
+            The sets.
+
+        Raises
+        ------
+        ValueError
+            Raised if ``members`` is for another number of groups.
         """
-        size = 2 * max(k.shape[-1] for k in self._kernels) - 1
-        total = torch.zeros(
-            (members.shape[0], self.layout.n_i, self.layout.n_j, size, size),
-            dtype=self.dtype,
-            device=self.device,
+        if members is None:
+            members = torch.ones(1, self.n_groups, dtype=torch.bool)
+        if members.shape[-1] != self.n_groups:
+            raise ValueError(
+                f"The sets are made of {members.shape[-1]} groups, but the visits have {self.n_groups}."
+            )
+        gram = torch.stack([self._group_gram[m.nonzero()[:, 0].to(self.device)].sum(dim=0) for m in members])
+        depth = torch.zeros((len(members), *self.shape), dtype=self.dtype, device=self.device)
+        sensitivity = torch.zeros_like(depth)
+        n_pixels = torch.zeros(len(members), dtype=self.dtype, device=self.device)
+        for index, visit in self.visits():
+            sets = self._sets_of(members, index)
+            if len(sets):
+                sensitivity[sets] += visit.kernel.adjoint(visit.weight)
+                depth[sets] += visit.weight
+                n_pixels[sets] += (visit.weight > 0).sum()
+        return VisitSets(
+            members, CellConvolution(gram, self.layout, self.margin), sensitivity, depth, n_pixels
         )
-        for index, kernels in enumerate(self._kernels):
-            sets = members[:, index].nonzero()[:, 0]
-            if len(sets) == 0 or not self.weight[index].any():
-                continue
-            gram = gram_kernels(kernels)
-            border = (size - gram.shape[-1]) // 2
-            gram = torch.nn.functional.pad(gram, (border,) * 4)
-            weight = torch.as_tensor(self.weight[index], dtype=self.dtype, device=self.device)
-            total[sets] += weight[:, :, None, None] * gram
-        return CellConvolution(total, self.layout, self.margin)
+
+    def _sets_of(self, members: torch.Tensor, visit: int) -> torch.Tensor:
+        """Return the indices of the sets that a visit belongs to."""
+        return members[:, int(self.group[visit])].nonzero()[:, 0].to(self.device)
 
     def linearise(
-        self,
-        members: torch.Tensor,
-        models: torch.Tensor,
-        *,
-        gram: CellConvolution | None = None,
-        psf_error: float | None = None,
+        self, sets: VisitSets, models: torch.Tensor, *, psf_error: float | None = None
     ) -> SetStatistics:
         """Read the visits once and majorise the objective of every set at its own model.
 
         Parameters
         ----------
-        members : `torch.Tensor`, (set, visit), bool
-            Which visits belong to which set.
+        sets : `VisitSets`
+            The sets.
         models : `torch.Tensor`, (set, y, x)
             Model u_0 of every set on the canvas, in nJy.
-        gram : `~lsst.coadd.deepprior.operators.CellConvolution`, optional
-            The operator A of these sets if it has been built before.
         psf_error : `float`, optional
             Relative error of the PSF to use in place of the instance's.
 
@@ -304,61 +366,55 @@ class PatchData:
         statistics : `SetStatistics`
             The statistics of the sets; those of a set depend on the data of its own visits only.
         """
-        gram = self.gram(members) if gram is None else gram
         gradient = torch.zeros_like(models)
         predicted = torch.zeros_like(models)
-        sensitivity = torch.zeros_like(models)
-        depth = torch.zeros_like(models)
         weighted = torch.zeros_like(models)
         objective = torch.zeros(models.shape[0], dtype=self.dtype, device=self.device)
-        count = torch.zeros_like(objective)
         delta = self.huber_delta
         for index, visit in self.visits():
-            sets = members[:, index].nonzero()[:, 0]
-            if len(sets) == 0:
+            chosen = self._sets_of(sets.members, index)
+            if len(chosen) == 0:
                 continue
-            prediction = visit.kernel.forward(models[sets])
+            prediction = visit.kernel.forward(models[chosen])
             residual = visit.flux - prediction
             scale = self.scale(visit, prediction, psf_error)
             clipped = torch.clamp(residual, -delta * scale, delta * scale)
-            gradient[sets] += visit.kernel.adjoint(visit.weight * clipped)
-            predicted[sets] += visit.kernel.adjoint(visit.weight * prediction)
-            sensitivity[sets] += visit.kernel.adjoint(visit.weight)
-            depth[sets] += visit.weight
-            weighted[sets] += visit.weight * (prediction + clipped)
+            gradient[chosen] += visit.kernel.adjoint(visit.weight * clipped)
+            predicted[chosen] += visit.kernel.adjoint(visit.weight * prediction)
+            weighted[chosen] += visit.weight * (prediction + clipped)
             huber = (residual - 0.5 * clipped) * clipped
-            objective[sets] += (visit.weight * huber).sum(dim=(-2, -1))
-            count[sets] += (visit.weight > 0).sum()
+            objective[chosen] += (visit.weight * huber).sum(dim=(-2, -1))
         tiny = torch.finfo(self.dtype).tiny
-        everywhere = gram.forward(models)
+        everywhere = sets.gram.forward(models)
         return SetStatistics(
-            gram=gram,
+            sets=sets,
             matched=everywhere + gradient,
             seen=predicted + gradient,
-            coverage=(predicted / everywhere.clamp_min(tiny)).clamp(0.0, 1.0),
-            sensitivity=sensitivity,
-            depth=depth,
-            coadd=torch.where(depth > 0, weighted / depth.clamp_min(tiny), 0.0),
-            objective=objective / count.clamp_min(1.0),
+            coverage=(predicted / everywhere.clamp_min(tiny)).clamp(0.0, _MAX_COVERAGE),
+            coadd=torch.where(sets.depth > 0, weighted / sets.depth.clamp_min(tiny), 0.0),
+            objective=objective / sets.n_pixels.clamp_min(1.0),
         )
 
-    def lower_median(self, members: torch.Tensor) -> torch.Tensor:
+    def lower_median(self, sets: VisitSets) -> torch.Tensor:
         """Return the pixel-wise lower median of the good pixels of every set of visits.
 
         It is a start that positive outliers (cosmic rays, satellites) in fewer than half of the visits cannot
-        reach. Pixels of the patch without a good visit, like saturated cores, take three quarters of their
-        largest neighbour.
+        reach: the median over the groups of the set, each the median of its visits. Pixels of the patch
+        without a good visit, like saturated cores, take three quarters of their largest neighbour.
 
         Returns
         -------
         median : `torch.Tensor`, (set, y, x)
             nJy, 0 far from all good pixels of a set.
         """
-        stack = torch.full((len(self), *self.shape), torch.nan, dtype=self.dtype, device=self.device)
-        for index, visit in self.visits():
-            stack[index] = torch.where(visit.weight > 0, visit.flux, torch.nan)
+        of_groups = torch.stack(
+            [
+                lower_median(self._masked_flux(int(index)) for index in np.flatnonzero(self.group == group))
+                for group in range(self.n_groups)
+            ]
+        )
         # torch's nanmedian is the lower of the two middle values.
-        median = torch.stack([stack[m].nanmedian(dim=0).values for m in members])
+        median = torch.stack([of_groups[m.to(self.device)].nanmedian(dim=0).values for m in sets.members])
         ny, nx = self.layout.shape
         patch = median[:, self.margin : self.margin + ny, self.margin : self.margin + nx]
         for _ in range(self.margin):
@@ -366,38 +422,7 @@ class PatchData:
             patch[...] = torch.where(patch.isnan() & filled.isfinite(), 0.75 * filled, patch)
         return median.nan_to_num(0.0)
 
-
-def deal_splits(
-    n_visits: int, n_splits: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Deal visits to the two sides of several splits, one for the encoder and one for the loss.
-
-    Every third visit is left out for the loss (at least one), such that all visits are left out equally
-    often; two to four visits give every leave-one-out split.
-
-    Parameters
-    ----------
-    n_visits : `int`
-        Number of visits, at least 2.
-    n_splits : `int`
-        Number of splits wanted.
-    generator : `torch.Generator`
-        Source of random numbers.
-
-    Returns
-    -------
-    encoder, loss : `torch.Tensor`, (split, visit), bool
-        The two sides of every split; they share no visit.
-    """
-    if n_visits < 2:
-        raise ValueError("A split needs at least two visits.")
-    n_loss = 1 if n_visits < 5 else max(1, round(n_visits / 3))
-    if n_visits < 5:
-        n_splits = n_visits
-    loss = torch.zeros(n_splits, n_visits, dtype=torch.bool)
-    times = torch.zeros(n_visits)
-    for split in range(n_splits):
-        order = torch.argsort(times + 0.5 * torch.rand(n_visits, generator=generator))
-        loss[split, order[:n_loss]] = True
-        times += loss[split]
-    return ~loss, loss
+    def _masked_flux(self, index: int) -> torch.Tensor:
+        """Return the flux of a visit on the canvas, NaN where it is not good."""
+        visit = self.visit(index)
+        return torch.where(visit.weight > 0, visit.flux, torch.nan)
