@@ -22,6 +22,7 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingCol
 from . import __version__
 from .ingest import DEFAULT_RUN, DEFAULT_SKYMAP, IngestError, ingest_warp_files
 from .simulate import SceneConfig, write_scene
+from .train_command import ingest_network_command, train_command
 from .truth import BANDS
 from .warp_files import InvalidWarpFileError
 from .warps import InvalidWarpError
@@ -62,10 +63,14 @@ def _print_progress(phase: str, n_done: int, n_files: int) -> None:
 @click.group(context_settings={"show_default": True})
 @click.version_option(__version__)
 def main() -> None:
-    """Restored coadds of Rubin warps: warps in, from simulation or from files.
+    """Restored coadds of Rubin warps: warps in, from simulation or from files, and networks trained on them.
 
     The restoration itself is a pipeline; run it with pipetask.
     """
+
+
+main.add_command(train_command)
+main.add_command(ingest_network_command)
 
 
 @main.command()

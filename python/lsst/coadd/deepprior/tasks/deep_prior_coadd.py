@@ -7,20 +7,18 @@
 
 from __future__ import annotations
 
-__all__ = ("DeepPriorCoaddConfig", "DeepPriorCoaddConnections", "DeepPriorCoaddTask", "WarpHandles")
+__all__ = ("DeepPriorCoaddConfig", "DeepPriorCoaddConnections", "DeepPriorCoaddTask")
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any
 
 from lsst.coadd.deepprior import __version__
-from lsst.daf.butler import DeferredDatasetHandle
 from lsst.images.cells import CellGrid
 from lsst.pex.config import ChoiceField, Field, ListField, RangeField
 from lsst.pipe.base import (
-    InMemoryDatasetHandle,
     InputQuantizedConnection,
     NoWorkFound,
     OutputQuantizedConnection,
@@ -30,14 +28,18 @@ from lsst.pipe.base import (
     QuantumContext,
     Struct,
 )
-from lsst.pipe.base.connectionTypes import Input, Output
+from lsst.pipe.base.connectionTypes import Input, Output, PrerequisiteInput
 from lsst.utils.logging import LsstLogAdapter
 
 from ..coadd import InputPlanes, make_coadds
-from ..observation import Observation
+from ..network_dataset import NETWORK_DATASET_TYPE, NETWORK_STORAGE_CLASS, network_from_dataset
 from ..psf import FWHM_PER_SIGMA
+from ..warp_streams import WarpHandles, WarpObservations, cell_layout
 from ..warps import Warp, WarpInfo
 from .geometry import pixel_scale
+
+if TYPE_CHECKING:
+    from ..weights import TrainedNetwork
 
 _LOG_INTERVAL = 10.0
 """Seconds between two lines of progress in the log."""
@@ -53,6 +55,14 @@ class DeepPriorCoaddConnections(PipelineTaskConnections, dimensions=("tract", "p
         dimensions=("tract", "patch", "skymap", "visit", "instrument"),
         multiple=True,
         deferLoad=True,
+    )
+    network = PrerequisiteInput(
+        doc="Trained network, where the configuration asks for one. Like other packages of weights it has no "
+        "dimensions: it works in pixels and in units of the noise, and knows neither the instrument nor the "
+        "band. Which one is used is a matter of the input collections.",
+        name=NETWORK_DATASET_TYPE,
+        storageClass=NETWORK_STORAGE_CLASS,
+        dimensions=(),
     )
     coadd = Output(
         doc="The restored image with its variance, masks, PSF (the target PSF) and provenance.",
@@ -73,10 +83,29 @@ class DeepPriorCoaddConnections(PipelineTaskConnections, dimensions=("tract", "p
         dimensions=("tract", "patch", "band", "skymap"),
     )
 
+    def __init__(self, *, config: DeepPriorCoaddConfig) -> None:
+        if not config.network_from_butler:
+            del self.network
+
 
 class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoaddConnections):
     """Configuration of `DeepPriorCoaddTask`."""
 
+    init = ChoiceField[str](
+        doc="What the network starts from.",
+        default="pretrained",
+        allowed={
+            "pretrained": "A trained network is used as it is, without a step of fitting. Patches that lie "
+            "outside of what it was trained on take the scratch start, with a warning.",
+            "scratch": "A network with random weights is fitted to the visits of the patch, which takes "
+            "longer and needs no training.",
+        },
+    )
+    network_from_butler = Field[bool](
+        doc="Whether the trained network is the dataset deep_prior_network of the input collections, and not "
+        "the one that comes with the package.",
+        default=False,
+    )
     target_fwhm_arcsec = RangeField(
         dtype=float,
         doc="FWHM in arcsec of the PSF of the restored image. Without it (and without target_fwhm_pixels) it "
@@ -117,13 +146,13 @@ class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoad
         dtype=int,
         doc="Number of steps of the maximum-likelihood image that the network corrects. With fewer steps, "
         "bright stars stay wider than the target PSF.",
-        default=200,
+        default=240,
         min=1,
     )
     steps = RangeField(
         dtype=int,
-        doc="Number of steps of the fit of the network. With 0 there is no network, and the result is the "
-        "maximum-likelihood image that it would start from.",
+        doc="Number of steps of the fit of the network from scratch. With 0 that start makes no network, and "
+        "its result is the maximum-likelihood image that the network would correct.",
         default=400,
         min=0,
     )
@@ -143,9 +172,10 @@ class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoad
     )
     n_splits = RangeField(
         dtype=int,
-        doc="Number of ways in which the visits are split into those that the network reads and those it is "
-        "judged by, which is what keeps it from fitting noise. More splits give a better result and take "
-        "more time and memory; with up to four visits there are only as many as visits.",
+        doc="Number of ways in which the fit from scratch splits the visits into those that the network "
+        "reads and those it is judged by, which is what keeps it from fitting noise. More splits give a "
+        "better result and take more time and memory; with up to four visits there are only as many as "
+        "visits.",
         default=24,
         min=1,
     )
@@ -193,91 +223,12 @@ class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoad
     )
 
     def validate(self) -> None:
-        """Check that the target PSF is not given twice."""
+        """Check that the target PSF is not given twice, and that the network of a Butler has a use."""
         super().validate()
+        if self.network_from_butler and self.init != "pretrained":
+            raise ValueError("network_from_butler needs init = 'pretrained'.")
         if self.target_fwhm_arcsec is not None and self.target_fwhm_pixels is not None:
             raise ValueError("Set target_fwhm_arcsec or target_fwhm_pixels, not both.")
-
-
-class WarpHandles(Sequence[Warp]):
-    """Warps that are read each time they are asked for, so that one is in memory at a time.
-
-    Parameters
-    ----------
-    handles : `~collections.abc.Iterable`
-        Deferred handles of the warps. They are put in the order of instrument and visit, so that the result
-        does not depend on the order in which they come.
-    """
-
-    def __init__(self, handles: Iterable[DeferredDatasetHandle | InMemoryDatasetHandle]) -> None:
-        self._handles = sorted(
-            handles, key=lambda handle: (handle.dataId["instrument"], handle.dataId["visit"])
-        )
-
-    def __len__(self) -> int:
-        return len(self._handles)
-
-    @overload
-    def __getitem__(self, index: int) -> Warp: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> WarpHandles: ...
-
-    def __getitem__(self, index: int | slice) -> Warp | WarpHandles:
-        """Read a warp.
-
-        Raises
-        ------
-        RuntimeError
-            Raised if the warp cannot be read or is not valid; the message names its data ID.
-        """
-        if isinstance(index, slice):
-            return WarpHandles(self._handles[index])
-        handle = self._handles[index]
-        try:
-            return Warp.from_cell_coadd(handle.get())
-        except Exception as err:
-            raise RuntimeError(f"The warp {handle.dataId} cannot be used: {err}") from err
-
-
-class _Observations(Sequence[Observation]):
-    """Observations of some warps, of which a limited number of bytes is kept.
-
-    Parameters
-    ----------
-    warps : `~collections.abc.Sequence` [`Warp`]
-        The warps.
-    bad_planes : `~collections.abc.Sequence` [`str`]
-        Mask planes that make a pixel unusable.
-    cache_bytes : `float`
-        How much is kept.
-    """
-
-    def __init__(self, warps: Sequence[Warp], bad_planes: Sequence[str], cache_bytes: float) -> None:
-        self._warps = warps
-        self._bad_planes = bad_planes
-        self._room = cache_bytes
-        self._indices: list[int] = []
-        self._kept: dict[int, Observation] = {}
-
-    def add(self, index: int, observation: Observation) -> None:
-        """Append the observation of the warp of some index."""
-        self._indices.append(index)
-        size = sum(
-            a.nbytes for a in (observation.flux, observation.variance, observation.good, observation.psf)
-        )
-        if size <= self._room:
-            self._room -= size
-            self._kept[index] = observation
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, position: int) -> Observation:  # type: ignore[override]
-        index = self._indices[position]
-        if index in self._kept:
-            return self._kept[index]
-        return self._warps[index].observation(self._bad_planes)
 
 
 class _ProgressLog:
@@ -325,12 +276,22 @@ class DeepPriorCoaddTask(PipelineTask):
         outputRefs: OutputQuantizedConnection,
     ) -> None:
         """Read through handles, run, write."""
+        network = None
+        if self.config.network_from_butler:
+            try:
+                network = network_from_dataset(butlerQC.get(inputRefs.network))
+            except Exception as err:
+                raise RuntimeError(f"The network {inputRefs.network} cannot be used: {err}") from err
         outputs = self.run(
-            warps=WarpHandles(butlerQC.get(inputRefs.warps)), n_threads=butlerQC.resources.num_cores
+            warps=WarpHandles(butlerQC.get(inputRefs.warps)),
+            network=network,
+            n_threads=butlerQC.resources.num_cores,
         )
         butlerQC.put(outputs, outputRefs)
 
-    def run(self, *, warps: Sequence[Warp], n_threads: int = 1) -> Struct:
+    def run(
+        self, *, warps: Sequence[Warp], network: TrainedNetwork | None = None, n_threads: int = 1
+    ) -> Struct:
         """Restore a patch.
 
         Parameters
@@ -338,6 +299,8 @@ class DeepPriorCoaddTask(PipelineTask):
         warps : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.warps.Warp`]
             Visits of one patch and band. They are asked for one at a time, those that do not fit in the cache
             several times.
+        network : `~lsst.coadd.deepprior.weights.TrainedNetwork`, optional
+            What the pretrained start uses instead of the network that comes with the package.
         n_threads : `int`, optional
             Number of threads to compute with on the CPU.
 
@@ -351,16 +314,19 @@ class DeepPriorCoaddTask(PipelineTask):
         lsst.pipe.base.NoWorkFound
             Raised if no warp has a usable pixel.
         RuntimeError
-            Raised if a warp cannot be used or has other cells than those before it, or no GPU is found where
-            one is asked for.
+            Raised if a warp cannot be used or has other cells than those before it, no GPU is found where one
+            is asked for, or the network that comes with the package is missing or damaged.
         """
         import torch
 
-        from ..operators import CellLayout
         from ..restore import RestoreSettings, restore
 
         started = time.monotonic()
-        observations = _Observations(warps, self.config.bad_mask_planes, self.config.cache_gib * 2**30)
+        if self.config.init == "scratch":
+            network = None
+        elif network is None:
+            network = self._packaged_network()
+        observations = WarpObservations(warps, self.config.bad_mask_planes, self.config.cache_gib * 2**30)
         infos: list[WarpInfo] = []
         left_out: list[str] = []
         planes: InputPlanes | None = None
@@ -402,21 +368,19 @@ class DeepPriorCoaddTask(PipelineTask):
         device = self._device(torch.cuda.is_available())
         restoration = restore(
             observations,
-            CellLayout(
-                patch.cells.grid_size.i,
-                patch.cells.grid_size.j,
-                patch.cells.cell_shape.y,
-                patch.cells.cell_shape.x,
-            ),
+            cell_layout(patch.cells),
             settings,
+            network=network,
             device=device,
             progress=_ProgressLog(self.log, label),
         )
+        start = self._describe_start(network, restoration.metrics["network"], label)
         metadata = {
             "deepprior_version": __version__,
             "lsst_images_version": version("lsst-images"),
             "torch_version": version("torch"),
             "method": restoration.metrics["method"],
+            **start,
             "device": device,
             "bad_mask_planes": ",".join(self.config.bad_mask_planes),
             "target_fwhm_arcsec": restoration.target_sigma * FWHM_PER_SIGMA * scale,
@@ -427,6 +391,7 @@ class DeepPriorCoaddTask(PipelineTask):
         )
         fwhm = restoration.metrics["psf"]["visit_fwhm_pixels"]
         metrics: dict[str, Any] = restoration.metrics | {
+            "network": restoration.metrics["network"] | start,
             "curves": restoration.curves,
             "pixel_scale_arcsec": scale,
             "visits": [
@@ -451,3 +416,32 @@ class DeepPriorCoaddTask(PipelineTask):
         if self.config.device == "cuda" and not has_gpu:
             raise RuntimeError("The configuration asks for device 'cuda', but torch finds no GPU here.")
         return "cuda" if has_gpu and self.config.device != "cpu" else "cpu"
+
+    def _packaged_network(self) -> TrainedNetwork:
+        """Read the network that comes with the package."""
+        from ..weights import InvalidNetworkError, packaged_network
+
+        try:
+            return packaged_network()
+        except InvalidNetworkError as err:
+            raise RuntimeError(f"{err} The configuration init = 'scratch' needs no network.") from err
+
+    def _describe_start(
+        self, network: TrainedNetwork | None, report: Mapping[str, Any], label: str
+    ) -> dict[str, str]:
+        """Say which start was taken and with which network, and warn where it is not the one asked for."""
+        if network is None:
+            return {"init": "scratch"}
+        for message in report["outside"]:
+            self.log.warning(
+                "%s: outside of what the network %s was trained on: %s.", label, network.name, message
+            )
+        if report["outside"]:
+            self.log.warning("%s: restored from scratch, without the network %s.", label, network.name)
+            return {"init": "scratch"}
+        return {
+            "init": "pretrained",
+            "network_name": network.name,
+            "network_version": network.version,
+            "network_sha256": network.sha256,
+        }

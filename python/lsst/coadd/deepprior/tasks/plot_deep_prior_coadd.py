@@ -30,8 +30,8 @@ from lsst.pipe.base.connectionTypes import Input, Output
 
 from ..joint_fit import Coadd
 from ..psf import fwhm
+from ..warp_streams import WarpHandles
 from ..warps import Warp
-from .deep_prior_coadd import WarpHandles
 from .geometry import plain_coadd, psf_stamps
 
 _AB_ZERO_POINT = 31.4

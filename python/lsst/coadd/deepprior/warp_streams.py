@@ -1,0 +1,130 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Warps of a Butler, and their observations, of which no more is in memory than there is room for."""
+
+from __future__ import annotations
+
+__all__ = ("WarpHandles", "WarpObservations", "cell_layout")
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, overload
+
+from lsst.daf.butler import DeferredDatasetHandle
+from lsst.images.cells import CellGrid
+from lsst.pipe.base import InMemoryDatasetHandle
+
+from .observation import Observation
+from .warps import Warp
+
+if TYPE_CHECKING:
+    from .operators import CellLayout
+
+
+class WarpHandles(Sequence[Warp]):
+    """Warps that are read each time they are asked for, so that one is in memory at a time.
+
+    Parameters
+    ----------
+    handles : `~collections.abc.Iterable`
+        Deferred handles of the warps. They are put in the order of instrument and visit, so that the result
+        does not depend on the order in which they come.
+    """
+
+    def __init__(self, handles: Iterable[DeferredDatasetHandle | InMemoryDatasetHandle]) -> None:
+        self._handles = sorted(
+            handles, key=lambda handle: (handle.dataId["instrument"], handle.dataId["visit"])
+        )
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    @overload
+    def __getitem__(self, index: int) -> Warp: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> WarpHandles: ...
+
+    def __getitem__(self, index: int | slice) -> Warp | WarpHandles:
+        """Read a warp.
+
+        Raises
+        ------
+        RuntimeError
+            Raised if the warp cannot be read or is not valid; the message names its data ID.
+        """
+        if isinstance(index, slice):
+            return WarpHandles(self._handles[index])
+        handle = self._handles[index]
+        try:
+            return Warp.from_cell_coadd(handle.get())
+        except Exception as err:
+            raise RuntimeError(f"The warp {handle.dataId} cannot be used: {err}") from err
+
+
+class WarpObservations(Sequence[Observation]):
+    """Observations of some warps, of which a limited number of bytes is kept.
+
+    Parameters
+    ----------
+    warps : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.warps.Warp`]
+        The warps.
+    bad_planes : `~collections.abc.Sequence` [`str`]
+        Mask planes that make a pixel unusable.
+    cache_bytes : `float`
+        How much is kept.
+    """
+
+    def __init__(self, warps: Sequence[Warp], bad_planes: Sequence[str], cache_bytes: float) -> None:
+        self._warps = warps
+        self._bad_planes = bad_planes
+        self._room = cache_bytes
+        self._indices: list[int] = []
+        self._kept: dict[int, Observation] = {}
+
+    def add(self, index: int, observation: Observation) -> None:
+        """Append the observation of a warp.
+
+        Parameters
+        ----------
+        index : `int`
+            Index of the warp in ``warps``.
+        observation : `~lsst.coadd.deepprior.observation.Observation`
+            Its observation.
+        """
+        self._indices.append(index)
+        size = sum(
+            a.nbytes for a in (observation.flux, observation.variance, observation.good, observation.psf)
+        )
+        if size <= self._room:
+            self._room -= size
+            self._kept[index] = observation
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, position: int) -> Observation:  # type: ignore[override]
+        index = self._indices[position]
+        if index in self._kept:
+            return self._kept[index]
+        return self._warps[index].observation(self._bad_planes)
+
+
+def cell_layout(cells: CellGrid) -> CellLayout:
+    """Return the cells of a patch as the numerics see them.
+
+    Parameters
+    ----------
+    cells : `lsst.images.cells.CellGrid`
+        Cells of a patch.
+
+    Returns
+    -------
+    layout : `~lsst.coadd.deepprior.operators.CellLayout`
+        Their number and size.
+    """
+    from .operators import CellLayout
+
+    return CellLayout(cells.grid_size.i, cells.grid_size.j, cells.cell_shape.y, cells.cell_shape.x)
