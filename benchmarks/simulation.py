@@ -1,0 +1,75 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Simulated scenes of the benchmark."""
+
+from __future__ import annotations
+
+__all__ = ("GLOW", "GLOW_FWHM", "make_scene")
+
+import dataclasses
+import math
+
+import numpy as np
+from scenes import MARGIN, TARGET_SIGMA, BenchScene
+from sky import sky_of
+
+from lsst.coadd.deepprior.families import family_scene
+from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.simulate import Scene, add_glow
+from lsst.coadd.deepprior.truth import render
+
+GLOW, GLOW_FWHM, GLOW_SNR = "glow", 20.0, 3.0
+"""Name of the family with a faint extended source, its FWHM in arcsec, and its S/N in the middle of the coadd
+in the area of a PSF, ``1 / sum(psf^2)``."""
+
+BAND = "i"
+BAD_PLANES = ("BAD", "SAT", "CR", "NO_DATA")
+"""Mask planes of the simulation that make a pixel unusable."""
+
+
+def make_scene(family: str, seed: int) -> BenchScene:
+    """Simulate a scene.
+
+    Parameters
+    ----------
+    family : `str`
+        One of `lsst.coadd.deepprior.families.FAMILIES`, or `GLOW`: the scene of the family ``empty`` with a
+        glow of `GLOW_FWHM` arcsec and `GLOW_SNR`.
+    seed : `int`
+        Number of the scene.
+
+    Returns
+    -------
+    scene : `BenchScene`
+        The scene.
+    """
+    scene = Scene(family_scene("empty" if family == GLOW else family, seed))
+    cells = scene.patch.cells
+    box = scene.patch.outer_bbox
+    n_visits = scene.config.n_visits
+    catalogue = scene.catalogue(BAND)
+    scale = scene.config.pixel_scale
+    warps = [scene.warp(number, BAND) for number in range(n_visits)]
+    result = BenchScene(
+        observations=[warp.observation(BAD_PLANES) for warp in warps],
+        layout=CellLayout(cells.grid_size.i, cells.grid_size.j, cells.cell_shape.y, cells.cell_shape.x),
+        start=(box.y.start, box.x.start),
+        pixel_scale=scale,
+        catalogue=catalogue,
+        wide_truth=render(catalogue, TARGET_SIGMA, box.padded(MARGIN), pixel_scale=scale),
+        artifacts=np.array([scene.artifacts(number, BAND) for number in range(n_visits)]),
+    )
+    if family != GLOW:
+        return result
+    sky = sky_of(result)
+    # A flux of b * n in the n pixels of the PSF's area has the noise sqrt(n).
+    brightness = GLOW_SNR * sky.noise * math.sqrt(float(np.sum(sky.coadd_psf**2)))
+    warps, glow = add_glow(warps, brightness, (box.y.center, box.x.center), GLOW_FWHM / scale)
+    return dataclasses.replace(
+        result,
+        observations=[warp.observation(BAD_PLANES) for warp in warps],
+        wide_truth=result.wide_truth + np.pad(glow, MARGIN, mode="edge"),
+    )
