@@ -31,6 +31,9 @@ from .statistics import PatchData, SetStatistics, VisitSets
 PSF_ERRORS = (1.0, 0.3, 0.1, 0.03)
 """PSF errors of the first refreshes: star cores are clipped only once the model has come near them."""
 
+_BRIGHT = 10.0
+"""Signal to noise ratio of a pixel of the start above which it counts as bright."""
+
 _PLAIN_STEPS = 15
 """Number of steps before the acceleration begins."""
 
@@ -142,11 +145,12 @@ class AcceleratedSteps:
         return new
 
 
-def robust_start(data: PatchData, sets: VisitSets) -> torch.Tensor:
-    """Return a smooth, positive start that outliers of single visits have not reached.
+def robust_start(data: PatchData, sets: VisitSets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return positive starts that outliers of single visits have not reached, a smooth and a sharp one.
 
-    It is the lower median of the visits, smoothed with a Gaussian as wide as the median seeing, since
-    multiplicative steps keep the pixel noise of their start in whatever the visits are blind to.
+    The smooth one is the lower median of the visits, smoothed with a Gaussian as wide as the median seeing,
+    since multiplicative steps keep the pixel noise of their start in whatever the visits are blind to. In the
+    sharp one bright pixels are those of the median itself, which shortens the way to star cores.
 
     Parameters
     ----------
@@ -157,14 +161,17 @@ def robust_start(data: PatchData, sets: VisitSets) -> torch.Tensor:
 
     Returns
     -------
-    latent : `torch.Tensor`, (set, y, x)
+    smooth, sharp : `torch.Tensor`, (set, y, x)
         In nJy; 0 where no visit sees the canvas.
     """
     seeing = float(np.median(data.seeing[data.group >= 0])) / FWHM_PER_SIGMA
     sensitivity = sets.gram.forward(torch.ones_like(sets.sensitivity))
     noise = sensitivity.clamp_min(torch.finfo(data.dtype).tiny).rsqrt()
-    smooth = _convolved(data.lower_median(sets), gaussian_stamp(seeing))
-    return torch.maximum(smooth, 0.1 * noise) * (sensitivity > 0)
+    median = data.lower_median(sets)
+    smooth = torch.maximum(_convolved(median, gaussian_stamp(seeing)), 0.1 * noise)
+    bright = (smooth / (_BRIGHT * noise)).square()
+    sharp = torch.lerp(smooth, torch.maximum(median, 0.1 * noise), bright / (1.0 + bright))
+    return smooth * (sensitivity > 0), sharp * (sensitivity > 0)
 
 
 def maximum_likelihood(
@@ -202,8 +209,8 @@ def maximum_likelihood(
     result : `MaximumLikelihood`
         Latent images and statistics of every set.
     """
-    latent = robust_start(data, sets)
-    first = early = latent
+    early, latent = robust_start(data, sets)
+    first = early
     accelerated: AcceleratedSteps | None = None
     for step in range(steps):
         if step % refresh_every == 0:

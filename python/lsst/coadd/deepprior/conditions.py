@@ -61,13 +61,9 @@ def patch_conditions(data: PatchData, solution: MaximumLikelihood) -> dict[str, 
 
 def _lit_fraction(data: PatchData, solution: MaximumLikelihood) -> float:
     """Return the share of the covered pixels in which the matched image has more than `_LIT` sigma."""
-    sets = solution.statistics.sets
-    ny, nx = data.layout.shape
-    inner = (0, slice(data.margin, data.margin + ny), slice(data.margin, data.margin + nx))
-    variance = torch.as_tensor(data.pixel_weight(data.central_gram().cpu().numpy()), device=data.device)
-    covered = sets.depth[inner] > 0
-    matched = solution.statistics.seen[inner]
-    return float((matched > _LIT * variance.sqrt())[covered].to(data.dtype).mean())
+    covered = solution.statistics.sets.depth[0] > 0
+    lit = solution.statistics.seen[0] > _LIT * data.matched_noise()
+    return float(lit[covered].to(data.dtype).mean())
 
 
 def _noise_correlation(data: PatchData, latent: torch.Tensor) -> float:

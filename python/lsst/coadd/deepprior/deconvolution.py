@@ -125,7 +125,7 @@ def richardson_lucy(
     wanted = checked_steps(steps)
     data = PatchData(observations, layout, sigma, device=device)
     sets = data.sets()
-    latent = robust_start(data, sets)
+    latent, _ = robust_start(data, sets)
     peers = {}
     for step in range(wanted[-1]):
         if step % _REFRESH_EVERY == 0:

@@ -26,6 +26,7 @@ import torch
 
 from .baselines import inner_smooth, maximum_likelihood
 from .conditions import patch_conditions
+from .data_steps import data_steps
 from .fit import N_TURNS, SplitLoss, WeightAverage, latent_image, make_trunk, one_cycle
 from .groups import deal_splits
 from .network import Features, Trunk, encoder_features, latent_and_slope
@@ -289,7 +290,7 @@ def restore(
         method = "network fitted from scratch"
         curves["fit_step"] = [float(step) for step, _ in curve]
         curves["held_out"] = [value for _, value in curve]
-    latent = _latent(net, features)
+    latent = _latent(data, sets, net, features)
     times["fit"] = time.monotonic() - mark
     mark = time.monotonic()
     image = _image(data, latent)
@@ -325,9 +326,11 @@ def restore(
     )
 
 
-def _latent(net: Trunk | None, features: Features) -> torch.Tensor:
-    """Return the latent image of one set, that of the base without a network."""
-    return latent_and_slope(features.start, features.noise)[0] if net is None else latent_image(net, features)
+def _latent(data: PatchData, sets: VisitSets, net: Trunk | None, features: Features) -> torch.Tensor:
+    """Return the latent image of the set of all visits, that of the base without a network."""
+    if net is None:
+        return latent_and_slope(features.start, features.noise)[0]
+    return data_steps(data, sets, latent_image(net, features), features.gate)
 
 
 def _image(data: PatchData, latent: torch.Tensor) -> np.ndarray:
@@ -354,7 +357,7 @@ def _variance(
             NoisyModel(observations, data, latent, settings.seed + 1000 * (draw + 1))
         )
         solution = maximum_likelihood(noisy, sets, steps=settings.base_steps)
-        again = _latent(net, encoder_features(solution)[0])
+        again = _latent(noisy, sets, net, encoder_features(solution)[0])
         differences.append(_image(data, again) - image)
         if progress is not None:
             progress("noise", draw + 1, settings.n_variance_draws, float(np.std(differences[-1])))

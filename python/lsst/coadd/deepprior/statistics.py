@@ -300,10 +300,16 @@ class PatchData:
             total[self.group[index]] += torch.nn.functional.pad(gram, (max(border, 0),) * 4)
         return total
 
-    def central_gram(self) -> torch.Tensor:
-        """Return the central values of the kernels of A of all visits, the variance of M (i, j)."""
+    def matched_noise(self) -> torch.Tensor:
+        """Return the noise of the matched image M of all visits on the canvas ((y, x), 1/nJy).
+
+        Its variance in a cell is the central value of the kernel of A.
+        """
         half = self._group_gram.shape[-1] // 2
-        return self._group_gram[..., half, half].sum(dim=0)
+        central = self._group_gram[..., half, half].sum(dim=0).sqrt()
+        layout, border = self.layout, (self.margin,) * 4
+        patch = central.repeat_interleave(layout.height, dim=0).repeat_interleave(layout.width, dim=1)
+        return torch.nn.functional.pad(patch[None, None], border, mode="replicate")[0, 0]
 
     def sets(self, members: torch.Tensor | None = None) -> VisitSets:
         """Read the visits once for what their masks, weights and PSFs say of sets of groups.

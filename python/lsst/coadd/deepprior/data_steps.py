@@ -1,0 +1,66 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Steps towards the data after the network: what it took from sources that the data are sure of."""
+
+from __future__ import annotations
+
+__all__ = ("data_steps",)
+
+import torch
+
+from .statistics import PatchData, VisitSets
+
+_SIGNIFICANCE = 20.0
+"""Signal to noise ratio of the model, seen through a matched filter, at which a step is half a step. Chosen
+with `_STEPS` on simulated scenes of seeds that the benchmark does not report: lower values change faint
+sources more and cost fidelity."""
+
+_STEPS = 6
+"""Number of steps; more of them change little."""
+
+
+def data_steps(data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    r"""Give back the flux of significant sources that a prior has taken.
+
+    A network of limited size leaves some per cent of the light even of sources far above the noise. The
+    multiplicative step of maximum likelihood (`~lsst.coadd.deepprior.baselines.maximum_likelihood_step`) is
+    taken to the power of how sure the data are that there is a source,
+
+    .. math:: u \leftarrow u \left(\frac{N}{c A u}\right)^{h\, q^2 / (1 + q^2)}, \qquad
+              q = \frac{c A u}{\tau\, \sigma_M},
+
+    with :math:`\sigma_M` the noise of the matched image and h the part of the network in the pixel. The ratio
+    is smooth on the scale of the PSF, so significant sources get their flux back while the sky and the shapes
+    stay.
+
+    Parameters
+    ----------
+    data : `~lsst.coadd.deepprior.statistics.PatchData`
+        The visits.
+    sets : `~lsst.coadd.deepprior.statistics.VisitSets`
+        One set of all visits.
+    latent : `torch.Tensor`, (y, x)
+        Latent image u of the network, in nJy.
+    gate : `torch.Tensor`, (y, x)
+        Part of the network's correction that was let through, 0 to 1; bright stars have none and fit the
+        data already.
+
+    Returns
+    -------
+    latent : `torch.Tensor`, (y, x)
+        The image with the steps taken, in nJy.
+    """
+    noise = data.matched_noise()
+    tiny = torch.finfo(latent.dtype).tiny
+    for _ in range(_STEPS):
+        statistics = data.linearise(sets, latent[None])
+        coverage = statistics.coverage[0]
+        prediction = coverage * sets.gram.forward(latent[None])[0]
+        significance = (prediction / (_SIGNIFICANCE * noise)).square()
+        power = gate * significance / (1.0 + significance)
+        ratio = (statistics.seen[0] / prediction.clamp_min(tiny)).clamp(0.1, 10.0)
+        latent = latent * torch.where(coverage > 0.0, ratio**power, 1.0)
+    return latent
