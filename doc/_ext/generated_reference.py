@@ -11,6 +11,8 @@
     Planes of an `lsst.images.MaskSchema`, by its full name.
 ``column-reference``
     Columns of a table, by the full name of a mapping from their names to type, unit and description.
+``network-reference``
+    Card and trained ranges of a network, by the full name of a function that returns it.
 """
 
 from __future__ import annotations
@@ -119,8 +121,22 @@ class ColumnReference(Reference):
         return list_table(("Column", "Type", "Unit", "What it is"), rows, "20 10 10 60")
 
 
+class NetworkReference(Reference):
+    def text(self, target: Any) -> str:
+        network = target()
+        card = network.card | {"sha256": network.sha256}
+        rows = [(f"``{axis}``", f"{low:.3g}", f"{high:.3g}") for axis, (low, high) in network.ranges.items()]
+        return "\n".join(
+            [
+                list_table(("Entry", "Value"), [(f"``{k}``", f"``{v}``") for k, v in card.items()], "25 75"),
+                list_table(("Axis", "Trained from", "to"), rows, "40 30 30"),
+            ]
+        )
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("task-reference", TaskReference)
     app.add_directive("mask-plane-reference", MaskPlaneReference)
     app.add_directive("column-reference", ColumnReference)
+    app.add_directive("network-reference", NetworkReference)
     return {"parallel_read_safe": True}
