@@ -44,10 +44,12 @@ def _parsed(path: Path) -> tuple[str, frozenset[str]]:
                 siblings.add(module.rsplit(".", 1)[1])
             elif node.level == 1 or node.level == 0:
                 siblings.update(names)
+        elif isinstance(node, ast.Import):
+            siblings.update(alias.name for alias in node.names)
     return ast.unparse(_WithoutDocstrings().visit(tree)), frozenset(siblings)
 
 
-def code_of(modules: Iterable[str]) -> str:
+def code_of(modules: Iterable[str], alone: Iterable[str] = ()) -> str:
     """Return a digest of the code of some modules and of all they import from the package or this folder.
 
     Comments, docstrings and layout do not count.
@@ -56,6 +58,8 @@ def code_of(modules: Iterable[str]) -> str:
     ----------
     modules : `~collections.abc.Iterable` [`str`]
         Names of modules of the package or of this folder, without the package.
+    alone : `~collections.abc.Iterable` [`str`], optional
+        Names of modules of this folder that count without what they import.
 
     Returns
     -------
@@ -67,7 +71,7 @@ def code_of(modules: Iterable[str]) -> str:
     FileNotFoundError
         Raised if there is no such module.
     """
-    left, done = set(modules), {}
+    left, done = set(modules), {f"{name} alone": _parsed(_HERE / f"{name}.py")[0] for name in alone}
     while left:
         name = left.pop()
         path = next((p for p in (_HERE / f"{name}.py", _PACKAGE / f"{name}.py") if p.is_file()), None)

@@ -113,7 +113,7 @@ def method_version(name: str) -> str:
     """Return a digest of the code and, for a trained network, of the weights that make a method."""
     method = METHODS[name]
     weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in method.files if path.is_file()]
-    return digest([code_of(method.modules), weights])
+    return digest([code_of(method.modules, alone=("methods",)), weights])
 
 
 def missing_modules(name: str) -> bool:
@@ -243,6 +243,13 @@ def _seeds_of(family: str, asked: tuple[int, ...]) -> tuple[int, ...]:
     return asked or REPORT_SEEDS.get(family, OTHER_SEEDS)
 
 
+def _reported(bench: Bench, family: str, asked: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the default scenes of a family, and of those asked for the ones that have a result."""
+    default = REPORT_SEEDS.get(family, OTHER_SEEDS)
+    found = [seed for seed in asked if bench.rows(family, (seed,), "coadd", "")]
+    return tuple(dict.fromkeys((*default, *found)))
+
+
 def _jobs(bench: Bench, family: str, seeds: Sequence[int], methods: Sequence[str]) -> list[Job]:
     """List the runs on the reported scenes of a family."""
     jobs = []
@@ -260,9 +267,12 @@ def _jobs(bench: Bench, family: str, seeds: Sequence[int], methods: Sequence[str
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in value.split(",") if part)
+        numbers = tuple(dict.fromkeys(int(part) for part in value.split(",") if part))
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 1,2,3.") from None
+    if set(numbers) & set(TUNING_SEEDS):
+        raise click.BadParameter(f"scenes {TUNING_SEEDS} are for tuning and are not reported.")
+    return numbers
 
 
 @click.command()
@@ -303,7 +313,7 @@ def main(
         click.echo(f"{name} cannot be run here: a part of it is not installed.", err=True)
 
     def write() -> None:
-        seeds_of = {family: _seeds_of(family, seeds) for family in _ALL_FAMILIES}
+        seeds_of = {family: _reported(bench, family, seeds) for family in _ALL_FAMILIES}
         text = report.make(bench, seeds_of, TUNING_SEEDS, {name: method_version(name) for name in able})
         write_text(output, text)
 

@@ -186,6 +186,12 @@ def _starts(results: Results, seeds: Sequence[int], rows: dict[str, list[Row]]) 
     return "\n".join(text) + "\n"
 
 
+def _whole_rows(results: Results, seeds: Sequence[int], method: str) -> bool:
+    """Return whether a baseline has a result at its chosen setting on every scene."""
+    chosen = results.tuned(method)
+    return chosen is not None and len(results.rows("standard", seeds, method, chosen)) == len(seeds)
+
+
 def _winners(results: Results, seeds: Sequence[int], rows: dict[str, list[Row]]) -> str:
     """Say in words where a baseline at its chosen setting is better than this software."""
     text = []
@@ -193,6 +199,8 @@ def _winners(results: Results, seeds: Sequence[int], rows: dict[str, list[Row]])
         if not rows[name]:
             continue
         lost = []
+        run = [m for m in _PEERS if _whole_rows(results, seeds, m)]
+        absent = [METHODS[method].label for method in _PEERS if method not in run]
         for measure in ("psnr", "psnr_no_halo", "ssim", "ssim_no_halo", "nrmse", "completeness", "pairs"):
             best, whose = _best_peer(results, seeds, measure, any_setting=False)
             number = _number(rows[name], measure)
@@ -200,5 +208,8 @@ def _winners(results: Results, seeds: Sequence[int], rows: dict[str, list[Row]])
                 show = MEASURES[measure].text
                 lost.append(f"{MEASURES[measure].title} ({whose}: {show(best)}, here {show(number)})")
         where = "; ".join(lost) if lost else "none of PSNR, SSIM, NRMSE, completeness and pairs"
-        text.append(f"Baselines that are better than {METHODS[name].label}: {where}.\n")
+        left_out = f" Not run: {', '.join(absent)}." if absent else ""
+        text.append(
+            f"Baselines that are better than {METHODS[name].label}: {where if run else NOT_RUN}.{left_out}\n"
+        )
     return "\n".join(text)

@@ -23,6 +23,8 @@ from scenes import CUTOUT
 from simulation import GLOW
 from summary import MEASURES, Row, summarise, worse
 
+from lsst.coadd.deepprior.families import HELD_OUT
+
 NOT_RUN = "not run"
 
 
@@ -214,7 +216,8 @@ def _family(results: Results, family: str, seeds: Sequence[int]) -> str:
     )
     header = ["method", *(MEASURES[name].title for name in names)]
     body = [[_label(line, rows[line], seeds), *_cells(rows[line], names)] for line in lines]
-    text = [f"### {family}\n\nScenes {', '.join(map(str, seeds))}.\n\n{_table(header, body)}"]
+    held_out = " (held out of the training of the network)" if family in HELD_OUT else ""
+    text = [f"### {family}{held_out}\n\nScenes {', '.join(map(str, seeds))}.\n\n{_table(header, body)}"]
     for line in lines:
         if line.method in OURS:
             text.append(f"- {line.label}: {_against_coadd(rows[line], coadd)}")

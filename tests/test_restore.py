@@ -13,11 +13,13 @@ import torch
 from toy import gaussian_stars, observe
 
 from lsst.coadd.deepprior.baselines import maximum_likelihood
+from lsst.coadd.deepprior.conditions import AXES
 from lsst.coadd.deepprior.network import FEATURES, Trunk, encoder_features, latent_and_slope
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp
 from lsst.coadd.deepprior.restore import RestoreSettings, restore
 from lsst.coadd.deepprior.statistics import NothingToRestoreError, PatchData
+from lsst.coadd.deepprior.weights import TrainedNetwork
 
 LAYOUT = CellLayout(2, 2, 35, 45)
 STARS = [(20.2, 15.7, 8000.0), (60.0, 40.4, 1000.0), (64.5, 40.0, 700.0)]
@@ -227,3 +229,19 @@ def test_target_psf_is_the_advertised_gaussian() -> None:
     visits = observe(LAYOUT, STARS, [1.6, 1.8, 2.2])
     result = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=0, base_steps=5, target_fwhm=2.4))
     np.testing.assert_allclose(result.target_psf, gaussian_stamp(2.4 / 2.3548200450309493))
+
+
+@pytest.mark.parametrize("start", ["scratch", "trained"])
+def test_a_cell_that_no_visit_sees_is_carried_by_the_prior(start: str) -> None:
+    visits = observe(LAYOUT, STARS, [1.6, 1.8, 2.2], seed=2)
+    rows, columns = LAYOUT.cell_slice(0, 1)
+    for visit in visits:
+        visit.good[rows, columns] = False
+        visit.psf[0, 1] = np.nan
+    network = None if start == "scratch" else TrainedNetwork(Trunk(), dict.fromkeys(AXES, (-1e9, 1e9)), {})
+    result = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=5), network=network)
+    assert np.isfinite(result.image).all()
+    np.testing.assert_array_equal(result.n_good[rows, columns], 0)
+    assert result.prior_carried[rows, columns].all()
+    assert np.isnan(result.variance[rows, columns]).all()
+    assert np.isfinite(result.variance[~result.prior_carried]).all()

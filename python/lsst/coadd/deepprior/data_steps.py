@@ -59,7 +59,8 @@ def data_steps(data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: tor
         statistics = data.linearise(sets, latent[None])
         coverage = statistics.coverage[0]
         prediction = coverage * sets.gram.forward(latent[None])[0]
-        significance = (prediction / (_SIGNIFICANCE * noise)).square()
+        # In cells without a visit there is no noise, and nothing to hear.
+        significance = torch.where(noise > 0.0, prediction / (_SIGNIFICANCE * noise), 0.0).square()
         power = gate * significance / (1.0 + significance)
         ratio = (statistics.seen[0] / prediction.clamp_min(tiny)).clamp(0.1, 10.0)
         latent = latent * torch.where(coverage > 0.0, ratio**power, 1.0)

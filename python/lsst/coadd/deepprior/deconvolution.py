@@ -374,4 +374,6 @@ def _footprints(coadd: np.ndarray, noise: float, psf: np.ndarray) -> np.ndarray:
     """Find the pixels of 5-sigma detections on the coadd convolved with its PSF, grown by 2.4 PSF sigmas."""
     matched = scipy.signal.fftconvolve(coadd, psf[::-1, ::-1], mode="same")
     detected = matched > _DETECTION * noise * math.sqrt((psf**2).sum())
+    if not detected.any():
+        return detected
     return scipy.ndimage.distance_transform_edt(~detected) <= _GROW * fwhm(psf) / FWHM_PER_SIGMA

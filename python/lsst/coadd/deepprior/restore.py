@@ -15,6 +15,7 @@ from __future__ import annotations
 
 __all__ = ("Restoration", "RestoreSettings", "restore")
 
+import copy
 import dataclasses
 import math
 import time
@@ -96,6 +97,7 @@ class RestoreSettings:
             ("refresh_every", 1),
             ("n_splits", 1),
             ("n_variance_draws", 1),
+            ("seed", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
@@ -280,7 +282,8 @@ def restore(
     outside = network.outside(conditions) if network is not None else []
     net: Trunk | None = None
     if network is not None and not outside:
-        net, method = network.trunk.to(device=data.device, dtype=data.dtype), "pretrained network"
+        net = copy.deepcopy(network.trunk).to(device=data.device, dtype=data.dtype)
+        method = "pretrained network"
     elif settings.steps == 0:
         method = "maximum likelihood: no steps asked for"
     elif data.n_groups == 1:
@@ -294,6 +297,8 @@ def restore(
     times["fit"] = time.monotonic() - mark
     mark = time.monotonic()
     image = _image(data, latent)
+    if not np.isfinite(image).all():
+        raise FloatingPointError("The restored image is not finite; please report this patch.")
     layers = coadd_layers(data, latent, observations)
     times["coadd"] = time.monotonic() - mark
     mark = time.monotonic()

@@ -243,7 +243,8 @@ class PatchData:
         constant = bool((filled == filled[:1, :1]).all())
         kernels = data_kernel(filled[:1, :1] if constant else filled, self.sigma)
         result = torch.as_tensor(kernels, dtype=self.dtype, device=self.device).expand(filled.shape)
-        if (len(self._kept_kernels) + 1) * result.nbytes <= _KERNEL_CACHE_BYTES:
+        kept = sum(other.untyped_storage().nbytes() for other in self._kept_kernels.values())
+        if kept + result.untyped_storage().nbytes() <= _KERNEL_CACHE_BYTES:
             self._kept_kernels[index] = result
         return result
 

@@ -75,7 +75,8 @@ class TrainSettings:
     n_splits : `int`
         Number of ways in which the visits of a patch are split.
     refresh_every : `int`
-        Steps on a patch between two passes over its visits that linearise its loss anew.
+        Steps on a patch after which its visits are read again to linearise its loss anew; this is also done
+        after every ``checkpoint_every`` steps of all.
     checkpoint_every : `int`
         Steps between two states from which the training can go on.
     base_steps : `int`
@@ -102,6 +103,8 @@ class TrainSettings:
         for name in ("steps", "n_splits", "refresh_every", "checkpoint_every", "base_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, but is {self.seed}.")
         if self.learning_rate <= 0.0 or self.huber_delta <= 0.0 or self.psf_error < 0.0:
             raise ValueError(
                 "learning_rate and huber_delta must be positive and psf_error must not be negative."
