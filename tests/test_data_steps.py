@@ -45,19 +45,30 @@ def test_a_significant_source_gets_its_flux_back(data: PatchData, latent: torch.
     assert light(data, back, x, y) == pytest.approx(light(data, latent, x, y), rel=2e-3)
 
 
-def test_what_the_data_are_not_sure_of_stays(data: PatchData, latent: torch.Tensor) -> None:
+def test_the_data_are_not_heard_on_a_source_near_the_noise(data: PatchData, latent: torch.Tensor) -> None:
     taken = latent.clone()
     taken[:, 45:] *= 0.5
     back = data_steps(data, data.sets(), taken, torch.ones_like(latent))
     x, y, _ = STARS[1]
-    change = light(data, back, x, y) - light(data, taken, x, y)
-    assert 0.0 <= change < 0.5 * light(data, taken, x, y)
-    far = (slice(14, 26), slice(60, 70))
-    torch.testing.assert_close(back[far], taken[far], rtol=0.05, atol=1e-3)
+    change = light(data, back, x, y) / light(data, taken, x, y) - 1.0
+    assert -0.3 < change < 0.5
 
 
-def test_where_the_network_is_shut_off_nothing_changes(data: PatchData, latent: torch.Tensor) -> None:
+def test_light_that_no_source_claims_is_left_out(data: PatchData) -> None:
+    """An image of a constant a hundredth of the noise, seen with S/N below 0.1, nearly vanishes."""
+    sets = data.sets()
+    faint = 0.01 * sets.sensitivity[0].clamp_min(1.0).rsqrt()
+    assert float((sets.gram.forward(faint[None])[0] / data.matched_noise()).max()) < 0.1
+    left = data_steps(data, sets, faint, torch.zeros_like(faint))
+    assert float(left.max()) < 0.03 * float(faint.max())
+    assert float(left.min()) >= 0.0
+
+
+def test_where_the_network_is_shut_off_bright_pixels_do_not_change(
+    data: PatchData, latent: torch.Tensor
+) -> None:
     taken = 0.8 * latent
-    torch.testing.assert_close(
-        data_steps(data, data.sets(), taken, torch.zeros_like(latent)), taken, rtol=0, atol=0
-    )
+    same = data_steps(data, data.sets(), taken, torch.zeros_like(latent))
+    sure = data.sets().gram.forward(taken[None])[0] > 20.0 * data.matched_noise()
+    assert int(sure.sum()) > 30
+    torch.testing.assert_close(same[sure], taken[sure], rtol=2e-3, atol=0.0)

@@ -40,13 +40,17 @@ def test_image_is_finite_and_not_negative(restored) -> None:
     assert result.image.min() >= 0.0
 
 
-def test_bright_star_has_the_advertised_size_and_its_flux(restored) -> None:
-    _, result = restored
-    fit = fit_star(result.image, x=20.2, y=15.7, radius=4)
+def test_bright_stars_have_the_advertised_size_and_their_flux() -> None:
+    """The mean of four noise realisations; one star alone scatters by half a per cent in size."""
+    fits = []
+    for seed in range(1, 5):
+        visits = observe(LAYOUT, STARS[:1], [1.6, 1.8, 2.2, 1.7, 1.9, 2.0], seed=seed, masked_fraction=0.02)
+        result = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=20))
+        fits.append(fit_star(result.image, x=20.2, y=15.7, radius=4))
     advertised = fit_star(np.pad(result.target_psf, 6), radius=4)
-    assert fit.sigma == pytest.approx(advertised.sigma, rel=0.01)
-    assert fit.flux == pytest.approx(8000.0, rel=0.01)
-    assert np.hypot(fit.e1, fit.e2) < 0.02
+    assert np.mean([fit.sigma for fit in fits]) == pytest.approx(advertised.sigma, rel=0.01)
+    assert np.mean([fit.flux for fit in fits]) == pytest.approx(8000.0, rel=0.01)
+    assert max(np.hypot(fit.e1, fit.e2) for fit in fits) < 0.02
 
 
 def test_pair_is_split_that_the_coadd_blends(restored) -> None:

@@ -146,6 +146,12 @@ def test_config_refuses_two_target_psfs() -> None:
         config.target_fwhm_pixels = 1.0
 
 
+def test_config_refuses_a_negative_seed() -> None:
+    DeepPriorCoaddConfig(seed=0).validate()
+    with pytest.raises(FieldValidationError):
+        DeepPriorCoaddConfig(seed=-1)
+
+
 def test_config_refuses_a_network_that_is_not_used() -> None:
     config = DeepPriorCoaddConfig(network_from_butler=True)
     config.validate()
@@ -262,14 +268,23 @@ def test_warp_on_other_cells_is_named(warps: list[Warp]) -> None:
     assert f"are not those of {warps[0].label}, of 36x40 pixels in " in str(caught.value)
 
 
-def test_pretrained_start(warps: list[Warp], restored: Struct, caplog: pytest.LogCaptureFixture) -> None:
-    """The network is used as it is: one that corrects nothing returns the base, others do not."""
+def test_pretrained_start(
+    warps: list[Warp],
+    restored: Struct,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The network is used as it is: one that corrects nothing returns the base, others do not.
+
+    The steps that the data take after any network are left out.
+    """
+    monkeypatch.setattr("lsst.coadd.deepprior.restore.data_steps", lambda data, sets, latent, *_: latent)
     base = quick_task(steps=0).run(warps=warps)
     network = network_for(restored)
     with caplog.at_level(logging.INFO):
         result = quick_task(init="pretrained").run(warps=warps, network=network)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert ": fit, step" not in caplog.text
+    assert ", fit: " not in caplog.text
     np.testing.assert_array_equal(result.coadd.image.array, base.coadd.image.array)
     correction = network_for(restored, exit_weight=0.05)
     other = quick_task(init="pretrained").run(warps=warps, network=correction)
@@ -295,12 +310,38 @@ def test_patch_outside_of_the_training(
     where = f"tract 9, patch {warps[0].patch.id}, r band"
     reason = "outside of what the network toy was trained on: n_visits = 4, trained from 10 to 20."
     assert f"{where}: {reason}" in caplog.text
-    assert f"{where}: restored from scratch, without the network toy." in caplog.text
+    assert f"{where}: restored without the network toy; network fitted from scratch." in caplog.text
     np.testing.assert_array_equal(result.coadd.image.array, restored.coadd.image.array)
     assert result.coadd.metadata["init"] == "scratch"
     assert "network_sha256" not in result.coadd.metadata
     assert result.metrics["network"]["init"] == "scratch"
     assert result.metrics["network"]["outside"] == ["n_visits = 4, trained from 10 to 20"]
+
+
+@pytest.mark.parametrize(
+    ("n_visits", "steps", "method"),
+    [
+        (1, 2, "maximum likelihood: one visit cannot be split"),
+        (4, 0, "maximum likelihood: no steps asked for"),
+    ],
+)
+def test_patch_outside_of_the_training_without_a_fit(
+    warps: list[Warp],
+    restored: Struct,
+    caplog: pytest.LogCaptureFixture,
+    n_visits: int,
+    steps: int,
+    method: str,
+) -> None:
+    network = network_for(restored, exit_weight=0.05, n_visits=(10.0, 20.0))
+    task = quick_task(init="pretrained", steps=steps)
+    with caplog.at_level(logging.WARNING):
+        result = task.run(warps=warps[:n_visits], network=network)
+    assert f"r band: restored without the network toy; {method}." in caplog.text
+    assert "scratch" not in caplog.text
+    assert result.coadd.metadata["method"] == result.metrics["method"] == method
+    assert result.coadd.metadata["init"] == result.metrics["network"]["init"] == "none"
+    assert "network_name" not in result.residual.metadata
 
 
 def test_network_of_the_package_is_the_default(
@@ -318,7 +359,7 @@ def test_missing_network_of_the_package(warps: list[Warp], monkeypatch: pytest.M
     monkeypatch.setattr(weights, "_PACKAGED", "networks/none.safetensors")
     with pytest.raises(RuntimeError, match="install the package anew. .* init = 'scratch' needs no network"):
         quick_task(init="pretrained").run(warps=warps)
-    assert quick_task(steps=0).run(warps=warps).coadd.metadata["init"] == "scratch"
+    assert quick_task(steps=0).run(warps=warps).coadd.metadata["init"] == "none"
 
 
 def test_progress_is_logged(warps: list[Warp], caplog: pytest.LogCaptureFixture) -> None:
@@ -326,7 +367,8 @@ def test_progress_is_logged(warps: list[Warp], caplog: pytest.LogCaptureFixture)
         quick_task().run(warps=warps)
     label = f"tract 9, patch {warps[0].patch.id}, r band"
     assert f"{label}: restoring from 4 of 4 warps." in caplog.text
-    assert f"{label}: fit, step 2 of 2, loss" in caplog.text
+    assert f"{label}, fit: 2 of 2, loss" in caplog.text
+    assert f"{label}, noise: 1 of 1, rms" in caplog.text
 
 
 def test_gpu_that_is_not_there(warps: list[Warp], monkeypatch: pytest.MonkeyPatch) -> None:

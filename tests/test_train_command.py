@@ -3,159 +3,52 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-"""Training from files, repositories and scenes, on tiny patches, and how it is interrupted and continued."""
+"""Training from files, repositories and scenes, on tiny patches, and what the command refuses."""
 
 from __future__ import annotations
 
-import dataclasses
+import errno
 import functools
 import io
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 from astropy.io import fits
 from click.testing import CliRunner, Result
 from rich.console import Console
-from toy import observe
 
-from lsst.coadd.deepprior import families, training
+from lsst.coadd.deepprior import families, progress, training, training_data
 from lsst.coadd.deepprior import train_command as train_command_module
 from lsst.coadd.deepprior.cli import main
 from lsst.coadd.deepprior.network_dataset import NETWORK_DATASET_TYPE, network_from_dataset
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.simulate import SceneConfig
 from lsst.coadd.deepprior.train_command import train_command
-from lsst.coadd.deepprior.training import TrainingPatch, TrainSettings
+from lsst.coadd.deepprior.training import TrainSettings
 from lsst.coadd.deepprior.training_data import (
-    TrainingData,
     TrainingDataError,
     butler_data,
     file_data,
     scene_data,
 )
-from lsst.coadd.deepprior.training_run import CheckpointError, train_network, write_atomically
 from lsst.coadd.deepprior.weights import InvalidNetworkError, TrainedNetwork
 from lsst.daf.butler import Butler
-
-SETTINGS = TrainSettings(steps=7, n_splits=2, refresh_every=2, checkpoint_every=3, base_steps=5)
-
-STARS = [(8.0, 12.0, 300.0), (20.0, 5.0, 150.0)]
 
 
 def silent(phase: str, n_done: int, n_all: int) -> None:
     pass
 
 
-@pytest.fixture(scope="module")
-def data() -> TrainingData:
-    layout = CellLayout(1, 1, 20, 28)
-    patches = [
-        TrainingPatch(f"patch {seed}", observe(layout, STARS, [1.6, 1.9, 2.2], seed=seed, stamp=15), layout)
-        for seed in (1, 2)
-    ]
-    return TrainingData(patches, "two toys", "2 toy patches")
+def raising(error: Exception) -> Callable[..., None]:
+    """Return a function that raises an error."""
 
+    def fail(*arguments: object) -> None:
+        raise error
 
-def train(
-    data: TrainingData, checkpoint: Path, settings: TrainSettings = SETTINGS, **kwargs
-) -> TrainedNetwork:
-    return train_network(data, settings, checkpoint, {"name": "toy"}, device="cpu", **kwargs)
-
-
-def interrupt(data: TrainingData, checkpoint: Path, at_step: int) -> None:
-    def stop(phase: str, step: int, n_steps: int, loss: float) -> None:
-        if phase == "training" and step == at_step:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(data, checkpoint, progress=stop)
-
-
-def test_card_and_ranges(data: TrainingData, tmp_path: Path) -> None:
-    network = train(data, tmp_path / "checkpoint")
-    assert network.name == "toy"
-    assert network.card["patches"] == "2 toy patches"
-    assert '"steps": 7' in network.card["settings"]
-    assert network.card["device"] == "cpu"
-    seeing = 1.9 * np.sqrt(8 * np.log(2))
-    low, high = network.ranges["seeing_pixels"]
-    np.testing.assert_allclose([low, high], seeing, rtol=0.02)
-    assert bool((network.trunk.exit.weight != 0.0).any())
-
-
-@pytest.mark.parametrize("at_step", [2, 3, 5])
-def test_continued_training_is_the_uninterrupted_one(
-    data: TrainingData, tmp_path: Path, at_step: int
-) -> None:
-    """Interrupted before the first checkpoint, right after it, and between two."""
-    expected = train(data, tmp_path / "one").to_bytes()
-    checkpoint = tmp_path / "another"
-    interrupt(data, checkpoint, at_step)
-    assert checkpoint.exists() == (at_step > 3)
-    steps = []
-    network = train(data, checkpoint, progress=lambda phase, step, *_: steps.append((phase, step)))
-    first = [step for phase, step in steps if phase == "training"][0]
-    assert first == (4 if at_step > 3 else 1)
-    assert network.to_bytes() == expected
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"settings": dataclasses.replace(SETTINGS, seed=2)}, "with settings = .*'seed': 1.*not .*'seed': 2"),
-        ({"fingerprint": "other toys"}, "with patches = two toys, and not other toys"),
-    ],
-)
-def test_checkpoint_of_another_training_is_refused(
-    data: TrainingData, tmp_path: Path, changes: dict, message: str
-) -> None:
-    checkpoint = tmp_path / "checkpoint"
-    interrupt(data, checkpoint, 4)
-    content = checkpoint.read_bytes()
-    other = dataclasses.replace(data, fingerprint=changes.get("fingerprint", data.fingerprint))
-    with pytest.raises(CheckpointError, match=message) as caught:
-        train(other, checkpoint, changes.get("settings", SETTINGS))
-    assert "--checkpoint" in str(caught.value)
-    assert checkpoint.read_bytes() == content
-
-
-def test_damaged_checkpoint_is_refused(data: TrainingData, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "checkpoint"
-    interrupt(data, checkpoint, 4)
-    content = checkpoint.read_bytes()
-    foreign = safetensors.torch.save({"step": torch.tensor(1)})
-    state = safetensors.torch.load(content)
-    del state["weights.exit.bias"]
-    with safetensors.safe_open(checkpoint, framework="pt") as file:
-        facts = file.metadata()
-    checkpoint.write_bytes(safetensors.torch.save(state, facts))
-    with pytest.raises(CheckpointError, match="cannot be continued: The state of the training is of another"):
-        train(data, checkpoint)
-    for wrong in (b"", content[:100], content[:-1], foreign, b"SIMPLE  =" + b" " * 3000):
-        checkpoint.write_bytes(wrong)
-        with pytest.raises(CheckpointError, match="is no checkpoint of a training, or damaged"):
-            train(data, checkpoint)
-
-
-def test_files_are_whole_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    assert path.stat().st_mode & 0o777 == 0o666 & ~(mask := os.umask(0)) & 0o777
-    os.umask(mask)
-
-    def fail(handle: int) -> None:
-        raise OSError("The disk is full.")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+    return fail
 
 
 def test_data_of_files_and_of_a_repository_are_the_same(warp_files: list[Path], repo: Path) -> None:
@@ -210,6 +103,30 @@ def test_patches_with_one_usable_warp_are_left_out(warp_files: list[Path], tmp_p
             pass
     with file_data([one_patch[0], one_patch[1], spoiled[2]], None, silent) as data:
         assert data.description == "2 warps of 1 patches and bands"
+        assert data.left_out == ()
+
+
+@pytest.mark.usefixtures("quick")
+def test_good_pixels_count_only_in_cells_with_a_psf(warp_files: list[Path], tmp_path: Path) -> None:
+    """A patch of which one warp is left goes out with a message, and the training takes the others."""
+    poor = [file for file in warp_files if file.name.startswith("warp_0_r")]
+    good = [file for file in warp_files if file.name.startswith("warp_1_r")]
+    spoiled = [Path(shutil.copy(file, tmp_path)) for file in poor]
+    for file in spoiled[1:]:
+        with fits.open(file, mode="update") as hdus:
+            stamp = hdus["PSF"].data.reshape(-1, *hdus["PSF"].data.shape[-2:])[0]
+            hdus["PSF"].data = np.full((2, 3, *stamp.shape), np.nan, dtype=stamp.dtype)
+            hdus["PSF"].data[0, 0] = stamp
+            hdus["IMAGE"].data[:32, :32] = np.nan
+            assert np.isfinite(hdus["IMAGE"].data).any()
+    message = "skymap deepprior_sim, tract 9, patch 0, band r is left out: fewer than two of its warps have"
+    with file_data([*spoiled, *good], None, silent) as data:
+        assert data.description == "3 warps of 1 patches and bands"
+        (reason,) = data.left_out
+        assert reason.startswith(message)
+    result = deepprior("train", tmp_path / "net", *spoiled, *good, "--steps", 1, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert message in result.output
 
 
 def tiny_scene(seed: int) -> SceneConfig:
@@ -327,6 +244,86 @@ def test_scenes_have_their_own_targets(tmp_path: Path) -> None:
     assert "leave out --target-fwhm" in result.output
 
 
+@pytest.mark.parametrize("sources", [["--scenes", 1], ["file.fits"]])
+def test_collection_needs_a_repository(tmp_path: Path, sources: list[object]) -> None:
+    result = deepprior("train", tmp_path / "net", *sources, "--collection", "any", "--steps", 1)
+    assert result.exit_code == 2
+    assert "give --repo" in result.output
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_file_is_read_and_written(
+    warp_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the file is called: relatively, absolutely, or through a link."""
+    (tmp_path / "a").mkdir()
+    copies = [Path(shutil.copy(file, tmp_path)) for file in warp_files[:2]]
+    contents = [file.read_bytes() for file in copies]
+    (tmp_path / "link").symlink_to(copies[1])
+    (tmp_path / "net.checkpoint").symlink_to(copies[0])
+    monkeypatch.chdir(tmp_path)
+    for output, *arguments in (
+        ["own", "--checkpoint", "own"],
+        ["own", "--checkpoint", tmp_path / "own"],
+        [tmp_path / "a" / ".." / "own", "--checkpoint", "own"],
+        [copies[0].name],
+        ["link"],
+        ["net"],
+        ["own", "--checkpoint", "link"],
+    ):
+        result = deepprior("train", output, *copies, *arguments, "--steps", 1, "--device", "cpu")
+        assert result.exit_code == 2, (output, arguments)
+        assert "name another file" in result.output or "name two" in result.output
+        assert not (tmp_path / "own").exists()
+    assert [file.read_bytes() for file in copies] == contents
+
+
+@pytest.mark.usefixtures("quick")
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "training_scene", tiny_scene)
+    reader = "lsst.coadd.deepprior.train_command.scene_data"
+    checkpoint = tmp_path / "net.checkpoint"
+    for name, error, message in (
+        (
+            "os.fsync",
+            OSError(errno.ENOSPC, "No space left"),
+            f"{checkpoint} cannot be read or written: No space",
+        ),
+        (reader, OSError(errno.ENOSPC, "No space left"), "A file cannot be read or written: No space left."),
+        (reader, OSError("Why"), "A file cannot be read or written: Why."),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, raising(error))
+            result = deepprior("train", tmp_path / "net", "--scenes", 1, "--steps", 3, "--device", "cpu")
+        assert result.exit_code == 1
+        assert f"Error: {message}" in result.output
+        assert "None" not in result.output
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("quick")
+def test_warps_that_vanish_during_the_training(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_repo = tmp_path / "repo"
+    shutil.copytree(repo, own_repo)
+    prepare = training.Trainer.__init__
+
+    def lose(*arguments: object, **settings: object) -> None:
+        for file in (own_repo / "deepprior" / "warps").rglob("*.fits"):
+            file.unlink()
+        prepare(*arguments, **settings)
+
+    monkeypatch.setattr(training_data, "_CACHE_BYTES", 0)
+    monkeypatch.setattr(training.Trainer, "__init__", lose)
+    result = deepprior("train", tmp_path / "net", "--repo", own_repo, "--steps", 2, "--device", "cpu")
+    assert result.exit_code == 1
+    (error,) = (line for line in result.output.splitlines() if line.startswith("Error: "))
+    assert error.startswith("Error: The warp {")
+    assert "visit: " in error
+    assert "cannot be used" in error
+
+
 def test_train_refusals(repo: Path, warp_files: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "net"
     (tmp_path / "text.fits").write_text("This is no FITS file.")
@@ -335,7 +332,11 @@ def test_train_refusals(repo: Path, warp_files: list[Path], tmp_path: Path) -> N
         ([tmp_path / "text.fits"], "text.fits: it is not a complete FITS file"),
         (["--repo", tmp_path], "cannot be read"),
         (["--repo", repo, "--collection", "nothing"], "The collection nothing of"),
-        (["--repo", repo, "--target-fwhm", 50], "is not sharper than the worst visit"),
+        (["--repo", repo, "--collection", "deepprior/*"], "deepprior/* is no name of a collection"),
+        (
+            ["--repo", repo, "--target-fwhm", 50],
+            "patch 0, band i: A target PSF with FWHM 50.00 pixels is not",
+        ),
         ([*warp_files[:2], "--checkpoint", tmp_path / "a" / "b"], "is no writable folder"),
     ):
         result = deepprior("train", output, *arguments, "--device", "cpu")
@@ -383,16 +384,18 @@ def test_progress_without_a_terminal(
 ) -> None:
     """A line in ten seconds; steps from before an interruption do not shorten the time that is left."""
     clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(train_command_module.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     with train_command_module.show_progress() as report:
         report("reading patches", 1, 1)
         for step in range(101, 108):
             report("training", step, 110, 0.5)
         report("training", 110, 110, 0.25)
+        report("noise", 1, 4, 0.125)
     assert capsys.readouterr().err.splitlines() == [
         "reading patches: 1 of 1",
         "training: 101 of 110, loss 0.5",
         "training: 104 of 110, loss 0.5, 24 s left",
         "training: 107 of 110, loss 0.5, 12 s left",
         "training: 110 of 110, loss 0.25",
+        "noise: 1 of 4, rms 0.125",
     ]

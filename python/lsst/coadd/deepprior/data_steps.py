@@ -3,7 +3,7 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-"""Steps towards the data after the network: what it took from sources that the data are sure of."""
+"""Steps after the network: sources that stand out get their flux back, and what no source claims goes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ sources more and cost fidelity."""
 _STEPS = 6
 """Number of steps; more of them change little."""
 
+_UNCLAIMED = 0.7
+"""Signal to noise ratio of the model, seen through a matched filter, at which half of the light is left to
+the residual. Chosen on the same scenes: from 0.5 to 1 the sky of the image gets nearer to zero, while
+galaxies near the limit of detection lose some per cent."""
+
 
 def data_steps(data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     r"""Give back the flux of significant sources that a prior has taken.
@@ -35,6 +40,11 @@ def data_steps(data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: tor
     with :math:`\sigma_M` the noise of the matched image and h the part of the network in the pixel. The ratio
     is smooth on the scale of the PSF, so significant sources get their flux back while the sky and the shapes
     stay.
+
+    A mean of what the sky may be has some light everywhere, since a source too faint to be seen may be
+    anywhere. In the end that light is left to the residual, where it is counted without being placed,
+
+    .. math:: u \leftarrow u\, \frac{s^2}{s_0^2 + s^2}, \qquad s = \frac{A u}{\sigma_M}, \quad s_0 = 0.7.
 
     Parameters
     ----------
@@ -64,4 +74,5 @@ def data_steps(data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: tor
         power = gate * significance / (1.0 + significance)
         ratio = (statistics.seen[0] / prediction.clamp_min(tiny)).clamp(0.1, 10.0)
         latent = latent * torch.where(coverage > 0.0, ratio**power, 1.0)
-    return latent
+    significance = torch.where(noise > 0.0, sets.gram.forward(latent[None])[0] / noise, torch.inf).square()
+    return latent / (1.0 + _UNCLAIMED**2 / significance.clamp_min(tiny))

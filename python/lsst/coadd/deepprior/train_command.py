@@ -12,24 +12,24 @@ __all__ = ("Report", "ingest_network_command", "show_progress", "train_command")
 import contextlib
 import math
 import os
-import time
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from .ingest import DEFAULT_RUN, IngestError
 from .network_dataset import DEFAULT_NETWORK_RUN, NetworkIngestError, ingest_network
+from .progress import ProgressLines
 from .training_data import TrainingDataError, butler_data, file_data, scene_data
 from .training_run import CheckpointError, train_network, write_atomically
 from .warp_files import InvalidWarpFileError
 from .warps import InvalidWarpError
-
-_LINE_INTERVAL = 10.0
-"""Seconds between two lines of progress where there is no terminal."""
 
 _REFUSALS = (CheckpointError, IngestError, InvalidWarpError, InvalidWarpFileError, TrainingDataError)
 """Errors whose message says all that a user needs."""
@@ -53,7 +53,7 @@ def show_progress() -> Iterator[Report]:
     """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _LineReport()
+        yield ProgressLines(partial(click.echo, err=True))
         return
     columns = (
         TextColumn("{task.description}"),
@@ -71,30 +71,6 @@ def show_progress() -> Iterator[Report]:
             bars.update(tasks[phase], completed=step, loss="" if math.isnan(loss) else f"loss {loss:.5g}")
 
         yield report
-
-
-class _LineReport:
-    """Prints progress, at most one line in `_LINE_INTERVAL` seconds and phase."""
-
-    def __init__(self) -> None:
-        self._phase = ""
-        self._started = self._printed = 0.0
-        self._first = 0
-
-    def __call__(self, phase: str, step: int, n_steps: int, loss: float = math.nan) -> None:
-        now = time.monotonic()
-        if phase != self._phase:
-            self._phase, self._started, self._first = phase, now, step
-        elif now < self._printed + _LINE_INTERVAL and step < n_steps:
-            return
-        self._printed = now
-        line = f"{phase}: {step} of {n_steps}"
-        if not math.isnan(loss):
-            line += f", loss {loss:.5g}"
-        if self._first < step < n_steps:
-            seconds = (now - self._started) / (step - self._first) * (n_steps - step)
-            line += f", {seconds:.0f} s left"
-        click.echo(line, err=True)
 
 
 @click.command("train")
@@ -142,7 +118,11 @@ def train_command(
         raise click.UsageError("Scenes have their own target PSFs; leave out --target-fwhm.")
     if (repo is not None) + bool(files) + (scenes is not None) != 1:
         raise click.UsageError("Give one of --repo, warp FILEs, and --scenes.")
+    given = click.get_current_context().get_parameter_source("collection")
+    if repo is None and given is not ParameterSource.DEFAULT:
+        raise click.UsageError("--collection is one of a repository; give --repo, too.")
     checkpoint = checkpoint or output.with_name(f"{output.name}.checkpoint")
+    _check_different(output, checkpoint, files)
     for path in (output, checkpoint):
         if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise click.ClickException(f"{path} cannot be written: {path.parent} is no writable folder.")
@@ -172,16 +152,30 @@ def train_command(
                 source += ["--target-fwhm", str(target_fwhm)]
             command = ["deepprior train OUTPUT", *source, "--seed", str(seed), "--steps", str(steps)]
             card = {"name": output.stem, "command": " ".join(command)}
+            for reason in data.left_out:
+                print(reason, file=sys.stderr)  # above the bars, where click writes into them
             network = train_network(data, settings, checkpoint, card, device=device, progress=report)
             write_atomically(output, network.to_bytes())
+            checkpoint.unlink(missing_ok=True)
         except _REFUSALS as err:
             raise click.ClickException(str(err)) from None
         except (FloatingPointError, InvalidNetworkError) as err:
             raise click.ClickException(f"The training has failed: {err}") from None
         except OSError as err:
-            raise click.ClickException(f"{err.filename} cannot be read or written: {err.strerror}.") from None
-    checkpoint.unlink(missing_ok=True)
+            raise click.ClickException(
+                f"{err.filename or 'A file'} cannot be read or written: {err.strerror or err}."
+            ) from None
     click.echo(f"The network {network.name} of {data.description} is in {output}.")
+
+
+def _check_different(output: Path, checkpoint: Path, files: Iterable[Path]) -> None:
+    """Refuse to write to a file that is read."""
+    sources = {file.resolve() for file in files}
+    for option, path in (("OUTPUT", output), ("The checkpoint", checkpoint)):
+        if path.resolve() in sources:
+            raise click.UsageError(f"{option}, {path}, is one of the warp FILEs; name another file.")
+    if output.resolve() == checkpoint.resolve():
+        raise click.UsageError(f"OUTPUT and the checkpoint are one file, {output}; name two.")
 
 
 @click.command("ingest-network")

@@ -26,14 +26,18 @@ import numpy as np
 from lsst.daf.butler import (
     Butler,
     DatasetRef,
+    DeferredDatasetHandle,
     EmptyQueryResultError,
+    InvalidQueryError,
     MissingCollectionError,
     MissingDatasetTypeError,
 )
 
 from .ingest import DATASET_TYPE, DEFAULT_RUN, ingest_warp_files
+from .psf import target_sigma
 from .tasks.deep_prior_coadd import DeepPriorCoaddConfig
 from .warp_streams import WarpHandles, WarpObservations, cell_layout
+from .warps import Warp
 
 if TYPE_CHECKING:
     from .training import TrainingPatch
@@ -72,11 +76,14 @@ class TrainingData:
         Changes whenever the data change.
     description : `str`
         What they are, for the card of the network.
+    left_out : `tuple` [`str`], optional
+        One message for each patch that is not among them.
     """
 
     patches: Sequence[TrainingPatch]
     fingerprint: str
     description: str
+    left_out: tuple[str, ...] = ()
 
 
 def scene_data(n_scenes: int, seed: int, progress: Progress) -> TrainingData:
@@ -157,13 +164,14 @@ def butler_data(
     Yields
     ------
     data : `TrainingData`
-        Patches whose pixels are read when they are needed, those that do not fit in memory several times.
+        Patches whose pixels are read when they are needed, those that do not fit in memory several times. A
+        warp that cannot be read any more raises `TrainingDataError`.
 
     Raises
     ------
     TrainingDataError
-        Raised if the repository cannot be read, a warp cannot be used, or there is no patch and band with two
-        usable warps.
+        Raised if the repository cannot be read, a warp cannot be used, the target PSF of a patch cannot be
+        made, or there is no patch and band with two usable warps.
     """
     try:
         butler = Butler.from_config(str(repo))
@@ -176,11 +184,20 @@ def butler_data(
             raise TrainingDataError(
                 f"The collection {collection} of {repo} has no warps; name one that has {DATASET_TYPE}."
             ) from None
+        except InvalidQueryError as err:
+            raise TrainingDataError(
+                f"{collection} is no name of a collection of {repo}; name one, without wildcards ({err})."
+            ) from err
         groups = [list(group) for _, group in itertools.groupby(sorted(refs, key=_patch_key), _patch_key)]
         patches = []
+        left_out = []
         for n_done, group in enumerate(groups, start=1):
-            if (patch := _patch(butler, group, target_fwhm, _CACHE_BYTES / len(groups))) is not None:
+            name = "skymap {}, tract {}, patch {}, band {}".format(*_patch_key(group[0]))
+            warps = _TrainingWarps(butler.getDeferred(ref) for ref in group)
+            if (patch := _patch(name, warps, target_fwhm, _CACHE_BYTES / len(groups))) is not None:
                 patches.append(patch)
+            else:
+                left_out.append(f"{name} is left out: fewer than two of its warps have usable pixels.")
             progress("reading patches", n_done, len(groups))
         if not patches:
             raise TrainingDataError("There is no patch and band of which two warps have usable pixels.")
@@ -189,6 +206,7 @@ def butler_data(
             patches,
             _digest([*sorted(str(ref.id) for ref in refs), str(target_fwhm)]),
             f"{n_visits} warps of {len(patches)} patches and bands",
+            tuple(left_out),
         )
 
 
@@ -234,33 +252,49 @@ def _patch_key(ref: DatasetRef) -> tuple[str, int, int, str]:
     return str(data_id["skymap"]), int(data_id["tract"]), int(data_id["patch"]), str(data_id["band"])
 
 
+class _TrainingWarps(Sequence[Warp]):
+    """Warps that are read each time they are asked for, and end the training where that fails."""
+
+    def __init__(self, handles: Iterable[DeferredDatasetHandle]) -> None:
+        self._warps = WarpHandles(handles)
+
+    def __len__(self) -> int:
+        return len(self._warps)
+
+    def __getitem__(self, index: int) -> Warp:  # type: ignore[override]
+        try:
+            return self._warps[index]
+        except RuntimeError as err:
+            raise TrainingDataError(str(err)) from err
+
+
 def _patch(
-    butler: Butler, refs: Sequence[DatasetRef], target_fwhm: float | None, cache_bytes: float
+    name: str, warps: Sequence[Warp], target_fwhm: float | None, cache_bytes: float
 ) -> TrainingPatch | None:
     """Return a patch in one band, `None` where fewer than two warps have a usable pixel."""
     from .training import TrainingPatch
 
     bad_planes = _bad_planes()
-    warps = WarpHandles(butler.getDeferred(ref) for ref in refs)
     observations = WarpObservations(warps, bad_planes, cache_bytes)
-    name = "skymap {}, tract {}, patch {}, band {}".format(*_patch_key(refs[0]))
+    seeing = []
     cells = None
-    for index in range(len(warps)):
-        try:
-            warp = warps[index]
-        except RuntimeError as err:
-            raise TrainingDataError(str(err)) from err
-        observation = warp.observation(bad_planes)
+    for index, warp in enumerate(warps):
         cells = warp.patch.cells if cells is None else cells
         if warp.patch.cells != cells:
             raise TrainingDataError(
                 f"The warps of {name} have different cells; ingest all of them with one definition of the "
                 "patch."
             )
+        observation = warp.observation(bad_planes)
         if observation.good.any():
             observations.add(index, observation)
+            seeing.append(observation.seeing())
     if len(observations) < _MIN_VISITS or cells is None:
         return None
+    try:
+        target_sigma(seeing, target_fwhm)
+    except ValueError as err:
+        raise TrainingDataError(f"{name}: {err}") from err
     return TrainingPatch(
         name=name, observations=observations, layout=cell_layout(cells), target_fwhm=target_fwhm
     )

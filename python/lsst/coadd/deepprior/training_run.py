@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = ("CheckpointError", "train_network", "write_atomically")
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 _HEADER_KEY = "deepprior"
 """The entry of the safetensors metadata of a checkpoint that says what it belongs to."""
+
+_DIGEST = "sha256"
+"""The entry of this header with the checksum of the tensors."""
 
 _ADVICE = "Remove it to start anew, or name another file with --checkpoint."
 
@@ -74,9 +78,11 @@ def train_network(
     CheckpointError
         Raised if the checkpoint is damaged, or belongs to other data, settings, or versions.
     TrainingDataError
-        Raised if the target PSF of a patch cannot be made.
+        Raised if the data cannot be trained on, or a warp cannot be read any more.
     FloatingPointError
         Raised if the training diverged.
+    OSError
+        Raised if the checkpoint cannot be written.
     """
     from .training import Trainer
 
@@ -122,12 +128,21 @@ def _write_checkpoint(path: Path, state: dict[str, torch.Tensor], facts: dict[st
     import safetensors.torch
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_atomically(path, safetensors.torch.save(tensors, {_HEADER_KEY: json.dumps(facts)}))
+    header = json.dumps(facts | {_DIGEST: _digest(tensors)})
+    write_atomically(path, safetensors.torch.save(tensors, {_HEADER_KEY: header}))
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Compute the SHA-256 of names, types, shapes and values."""
+    import safetensors.torch
+
+    return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
 
 
 def _read_checkpoint(path: Path, facts: dict[str, Any]) -> dict[str, torch.Tensor] | None:
     """Read the state of a training, and refuse that of another one; `None` where there is no file."""
     import safetensors
+    import torch
 
     if not path.exists():
         return None
@@ -135,6 +150,10 @@ def _read_checkpoint(path: Path, facts: dict[str, Any]) -> dict[str, torch.Tenso
         with safetensors.safe_open(path, framework="pt") as file:
             stored = json.loads((file.metadata() or {})[_HEADER_KEY])
             state = {name: file.get_tensor(name) for name in file.keys()}
+        if not isinstance(stored, dict):
+            raise ValueError("its header is no dictionary")
+        if stored.pop(_DIGEST, None) != _digest(state):
+            raise ValueError("its checksum does not agree with its content")
     except (OSError, safetensors.SafetensorError, KeyError, ValueError) as err:
         raise CheckpointError(
             f"{path} is no checkpoint of a training, or damaged ({err}). {_ADVICE}"
@@ -144,6 +163,9 @@ def _read_checkpoint(path: Path, facts: dict[str, Any]) -> dict[str, torch.Tenso
         if stored.get(name) != expected.get(name):
             difference = f"{stored.get(name)}, and not {expected.get(name)}"
             raise CheckpointError(f"{path} belongs to a training with {name} = {difference}. {_ADVICE}")
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path} is of a training that diverged: {name} is not finite. {_ADVICE}")
     return state
 
 
@@ -160,7 +182,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises
     ------
     OSError
-        Raised if it cannot be written.
+        Raised if it cannot be written; it names the file.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -170,8 +192,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         Path(name).chmod(0o666 & ~_umask())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as err:
         Path(name).unlink(missing_ok=True)
+        if isinstance(err, OSError) and err.errno is not None:
+            err.filename = str(path)
         raise
 
 

@@ -11,7 +11,7 @@ __all__ = ("DeepPriorCoaddConfig", "DeepPriorCoaddConnections", "DeepPriorCoaddT
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -29,20 +29,18 @@ from lsst.pipe.base import (
     Struct,
 )
 from lsst.pipe.base.connectionTypes import Input, Output, PrerequisiteInput
-from lsst.utils.logging import LsstLogAdapter
 
 from ..coadd import InputPlanes, make_coadds
 from ..network_dataset import NETWORK_DATASET_TYPE, NETWORK_STORAGE_CLASS, network_from_dataset
+from ..progress import ProgressLines
 from ..psf import FWHM_PER_SIGMA
 from ..warp_streams import WarpHandles, WarpObservations, cell_layout
 from ..warps import Warp, WarpInfo
 from .geometry import pixel_scale
 
 if TYPE_CHECKING:
+    from ..restore import Restoration
     from ..weights import TrainedNetwork
-
-_LOG_INTERVAL = 10.0
-"""Seconds between two lines of progress in the log."""
 
 
 class DeepPriorCoaddConnections(PipelineTaskConnections, dimensions=("tract", "patch", "band", "skymap")):
@@ -201,9 +199,11 @@ class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoad
         default=4,
         min=1,
     )
-    seed = Field[int](
+    seed = RangeField(
+        dtype=int,
         doc="Seed of all random numbers. The same inputs, configuration and seed give the same result.",
         default=1,
+        min=0,
     )
     device = ChoiceField[str](
         doc="Where to compute.",
@@ -229,32 +229,6 @@ class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoad
             raise ValueError("network_from_butler needs init = 'pretrained'.")
         if self.target_fwhm_arcsec is not None and self.target_fwhm_pixels is not None:
             raise ValueError("Set target_fwhm_arcsec or target_fwhm_pixels, not both.")
-
-
-class _ProgressLog:
-    """Writes the progress of a fit to a log, at most one line in `_LOG_INTERVAL` seconds and phase."""
-
-    def __init__(self, log: LsstLogAdapter, label: str) -> None:
-        self._log = log
-        self._label = label
-        self._phase = ""
-        self._started = self._logged = 0.0
-        self._first_step = 0
-
-    def __call__(self, phase: str, step: int, n_steps: int, loss: float) -> None:
-        now = time.monotonic()
-        if phase != self._phase:
-            self._phase, self._started, self._first_step = phase, now, step
-        elif now < self._logged + _LOG_INTERVAL and step < n_steps:
-            return
-        self._logged = now
-        left = ""
-        if self._first_step < step < n_steps:
-            seconds = (now - self._started) / (step - self._first_step) * (n_steps - step)
-            left = f", {seconds:.0f} s left"
-        name = "rms" if phase == "noise" else "loss"
-        message = "%s: %s, step %d of %d, %s %.4g%s."
-        self._log.info(message, self._label, phase, step, n_steps, name, loss, left)
 
 
 def _describe(cells: CellGrid) -> str:
@@ -372,9 +346,9 @@ class DeepPriorCoaddTask(PipelineTask):
             settings,
             network=network,
             device=device,
-            progress=_ProgressLog(self.log, label),
+            progress=ProgressLines(lambda line: self.log.info("%s, %s.", label, line)),
         )
-        start = self._describe_start(network, restoration.metrics["network"], label)
+        start = self._describe_start(network, restoration, label)
         metadata = {
             "deepprior_version": __version__,
             "lsst_images_version": version("lsst-images"),
@@ -427,21 +401,24 @@ class DeepPriorCoaddTask(PipelineTask):
             raise RuntimeError(f"{err} The configuration init = 'scratch' needs no network.") from err
 
     def _describe_start(
-        self, network: TrainedNetwork | None, report: Mapping[str, Any], label: str
+        self, network: TrainedNetwork | None, restoration: Restoration, label: str
     ) -> dict[str, str]:
         """Say which start was taken and with which network, and warn where it is not the one asked for."""
-        if network is None:
-            return {"init": "scratch"}
-        for message in report["outside"]:
+        metrics = restoration.metrics
+        outside = metrics["network"]["outside"]
+        if network is not None and not outside:
+            return {
+                "init": "pretrained",
+                "network_name": network.name,
+                "network_version": network.version,
+                "network_sha256": network.sha256,
+            }
+        if network is not None:
+            for message in outside:
+                self.log.warning(
+                    "%s: outside of what the network %s was trained on: %s.", label, network.name, message
+                )
             self.log.warning(
-                "%s: outside of what the network %s was trained on: %s.", label, network.name, message
+                "%s: restored without the network %s; %s.", label, network.name, metrics["method"]
             )
-        if report["outside"]:
-            self.log.warning("%s: restored from scratch, without the network %s.", label, network.name)
-            return {"init": "scratch"}
-        return {
-            "init": "pretrained",
-            "network_name": network.name,
-            "network_version": network.version,
-            "network_sha256": network.sha256,
-        }
+        return {"init": "scratch" if restoration.curves["fit_step"] else "none"}
