@@ -28,7 +28,7 @@ import torch
 from .baselines import inner_smooth, maximum_likelihood
 from .conditions import patch_conditions
 from .data_steps import data_steps
-from .fit import N_TURNS, SplitLoss, WeightAverage, latent_image, make_trunk, one_cycle
+from .fit import N_TURNS, SplitLoss, WeightAverage, make_trunk, mean_latent_image, one_cycle
 from .groups import deal_splits
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
@@ -335,7 +335,7 @@ def _latent(data: PatchData, sets: VisitSets, net: Trunk | None, features: Featu
     """Return the latent image of the set of all visits, that of the base without a network."""
     if net is None:
         return latent_and_slope(features.start, features.noise)[0]
-    return data_steps(data, sets, latent_image(net, features), features.gate)
+    return data_steps(data, sets, mean_latent_image(net, features), features.gate)
 
 
 def _image(data: PatchData, latent: torch.Tensor) -> np.ndarray:
