@@ -22,10 +22,11 @@ from lsst.coadd.deepprior.fit import (
     corrected,
     latent_image,
     make_trunk,
+    mean_latent_image,
     one_cycle,
 )
 from lsst.coadd.deepprior.groups import deal_splits
-from lsst.coadd.deepprior.network import Trunk, encoder_features, latent_and_slope
+from lsst.coadd.deepprior.network import FEATURES, Features, Trunk, encoder_features, latent_and_slope
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.statistics import PatchData
@@ -210,3 +211,21 @@ def test_learning_rate_rises_and_falls() -> None:
     assert rates[50] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0.0)
     assert one_cycle(0, 1) == 1.0
+
+
+def test_mean_over_shifts_has_no_pattern_of_the_half_resolution() -> None:
+    """A network whose four pixels of one differ paints a pattern; in the mean they are the same."""
+    net = Trunk()
+    with torch.no_grad():
+        net.exit.bias.copy_(torch.tensor([0.4, -0.2, 0.1, 0.3]))
+    shape = (19, 24)
+    features = Features(
+        channels=torch.zeros(len(FEATURES), *shape),
+        start=torch.zeros(shape),
+        gate=torch.ones(shape),
+        noise=torch.ones(shape),
+        covered=torch.ones(shape, dtype=torch.bool),
+    )
+    assert float(latent_image(net, features).std()) > 0.05
+    expected, _ = latent_and_slope(torch.tensor(0.15), torch.tensor(1.0))
+    torch.testing.assert_close(mean_latent_image(net, features), expected.expand(shape))
