@@ -121,7 +121,7 @@ def aperture_ratio(error: np.ndarray, alone: np.ndarray, x: float, y: float, rad
 
 def star_shape(
     error: np.ndarray, alone: np.ndarray, x: float, y: float, psf: np.ndarray
-) -> tuple[float, float]:
+) -> tuple[float, float, float]:
     """Compare the Gaussian fit of a star, neighbours subtracted, with that of the advertised PSF.
 
     Parameters
@@ -135,12 +135,12 @@ def star_shape(
     -------
     size : `float`
         Sigma over that of the PSF.
-    ellipticity : `float`
-        Length of the difference of the ellipticities ``(e1, e2)``.
+    e1, e2 : `float`
+        Ellipticity minus that of the PSF.
     """
     star = fit_star(error + alone, x=x, y=y, radius=_STAR_RADIUS)
     advertised = fit_star(psf, radius=_STAR_RADIUS)
-    return star.sigma / advertised.sigma, math.hypot(star.e1 - advertised.e1, star.e2 - advertised.e2)
+    return star.sigma / advertised.sigma, star.e1 - advertised.e1, star.e2 - advertised.e2
 
 
 @dataclasses.dataclass(frozen=True)

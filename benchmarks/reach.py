@@ -133,7 +133,14 @@ def _lines(
     add("sky rms", "0.2", "sky_rms", 0.2 - value("sky_rms"))
     add("unmasked trail left over", "±0.1", "artifacts", 0.1 - abs(value("artifacts")))
     add("bright stars: size", "±1 %", "star_size", 0.01 - abs(value("star_size")))
-    add("bright stars: ellipticity", "0.01", "star_ellipticity", 0.01 - value("star_ellipticity"))
+    for name in ("star_e1", "star_e2"):
+        add(f"bright stars: ellipticity {name[-2:]}, median", "±0.01", name, 0.01 - abs(value(name)))
+    add(
+        "bright stars: length of the ellipticity, with its noise",
+        "0.01",
+        "star_ellipticity",
+        0.01 - value("star_ellipticity"),
+    )
     add("bright stars: flux bias", "±0.2 %", "star_flux", 0.002 - abs(value("star_flux")))
     add("bright stars: flux rms †", "0.5 %", "star_flux_rms", 0.005 - value("star_flux_rms"))
     add(

@@ -53,7 +53,9 @@ _TABLES = {
         *("sky_mean", "sky_error", "sky_rms", "artifacts"),
         *("seam", "seam_ratio", "rings", "not_finite"),
     ),
-    "Stars with S/N above 100": ("star_size", "star_ellipticity", "star_flux", "star_flux_rms"),
+    "Stars with S/N above 100": (
+        *("star_size", "star_e1", "star_e2", "star_ellipticity", "star_flux", "star_flux_rms"),
+    ),
     "Galaxies": ("galaxies_22_24", "galaxies_22_24_rms", "galaxies_24_25.5", "galaxies_24_25.5_rms"),
     "Detection": ("completeness", "pairs"),
 }
@@ -78,8 +80,9 @@ largest deviation of the mean profile, 4 to 15 pixels from a star, over the larg
 noises; 1 is the limit. Stars and galaxies are those without a disturbing neighbour, the light of neighbours
 is subtracted as it truly is, and fluxes are those within 1.5 arcsec over the true ones there: bias is the
 median deviation of all objects of all scenes, rms their standard deviation (outliers included). Size and
-ellipticity are of Gaussian fits, against the same fit of the PSF. Completeness is the share of objects of
-true S/N above 5 in the coadd that are among the peaks (local maxima, with the image's own PSF as filter or
+ellipticity are of Gaussian fits, against the same fit of the PSF; e1 and e2 are medians over the stars, while
+the length of the ellipticity of a star has the noise of that star in it. Completeness is the share of objects
+of true S/N above 5 in the coadd that are among the peaks (local maxima, with the image's own PSF as filter or
 without a filter, whichever is better), ranked by height, as far down as 95 % of the peaks have a true
 object within 0.3 arcsec, one to one, and nothing within 1 arcsec of the border counts. Pairs are split if
 both members are in that list (S/N above 10). Other numbers are medians of the scenes.

@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = ("score_output",)
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,9 @@ def score_image(
         row[f"flux_{name}"] = [metrics.aperture_ratio(*cutout, radius) for cutout in cutouts]
         if name == "stars":
             shapes = [metrics.star_shape(*cutout, reference) for cutout in cutouts]
-            row["star_size"] = [size for size, _ in shapes]
-            row["star_ellipticity"] = [ellipticity for _, ellipticity in shapes]
+            for place, measure in enumerate(("star_size", "star_e1", "star_e2")):
+                row[measure] = [shape[place] for shape in shapes]
+            row["star_ellipticity"] = [math.hypot(e1, e2) for _, e1, e2 in shapes]
     lists = [metrics.peaks(image, kernel, sky.relative_noise, where) for kernel in (psf, np.ones((1, 1)))]
     filtered, plain_peaks = (_found(scene, sky, *positions) for positions in lists)
     row |= {name: max(filtered[name], plain_peaks[name], key=_share) for name in filtered}

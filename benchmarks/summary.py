@@ -71,6 +71,8 @@ MEASURES: dict[str, Measure] = {
     "not_finite": Measure("pixels not finite", "not_finite", "median", "low", True),
     "star_size": Measure("star size", "star_size", "bias", "zero", True),
     "star_ellipticity": Measure("star ellipticity", "star_ellipticity", "objects", "low"),
+    "star_e1": Measure("star e1", "star_e1", "objects", "zero"),
+    "star_e2": Measure("star e2", "star_e2", "objects", "zero"),
     "star_flux": Measure("star flux bias", "flux_stars", "bias", "zero", True),
     "star_flux_rms": Measure("star flux rms", "flux_stars", "rms", "low", True),
     "galaxies_22_24": Measure("flux bias, galaxies 22-24", "flux_galaxies_22_24", "bias", "zero", True),

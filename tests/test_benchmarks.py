@@ -97,14 +97,15 @@ def test_aperture_ratio_and_star_shape() -> None:
     x, y = 10.3, 9.8
     assert metrics.aperture_ratio(-0.2 * alone, alone, x, y, 7.5) == pytest.approx(0.8)
     psf = gaussian_stamp(0.8, 25)
-    assert metrics.star_shape(0.0 * alone, alone, x, y, psf) == pytest.approx((1.0, 0.0), abs=1e-6)
+    assert metrics.star_shape(0.0 * alone, alone, x, y, psf) == pytest.approx((1.0, 0.0, 0.0), abs=1e-6)
     wide = 100.0 * gaussian_stamp(0.88, 21, dx=0.3, dy=-0.2)
-    assert metrics.star_shape(wide - alone, alone, x, y, psf) == pytest.approx((1.1, 0.0), abs=1e-6)
+    assert metrics.star_shape(wide - alone, alone, x, y, psf) == pytest.approx((1.1, 0.0, 0.0), abs=1e-6)
     rows, columns = np.mgrid[-10:11, -10:11]
     elongated = np.exp(-0.5 * ((columns / 1.0) ** 2 + (rows / 0.8) ** 2))
-    size, ellipticity = metrics.star_shape(elongated, 0.0 * alone, 10.0, 10.0, psf)
+    size, e1, e2 = metrics.star_shape(elongated, 0.0 * alone, 10.0, 10.0, psf)
     assert size == pytest.approx(np.sqrt(1.0 * 0.8) / 0.8, rel=1e-6)
-    assert ellipticity == pytest.approx((1.0 - 0.64) / (1.0 + 0.64), rel=1e-6)
+    assert e1 == pytest.approx((1.0 - 0.64) / (1.0 + 0.64), rel=1e-6)
+    assert e2 == pytest.approx(0.0, abs=1e-9)
 
 
 def test_left_over_is_relative_to_the_surroundings() -> None:
