@@ -40,32 +40,18 @@ def test_image_is_finite_and_not_negative(restored) -> None:
     assert result.image.min() >= 0.0
 
 
-@pytest.mark.xfail(strict=True, reason="maximum likelihood fits noise in star cores: 1.01 % too narrow")
 def test_one_bright_star_has_the_advertised_size(restored) -> None:
     _, result = restored
     fit = fit_star(result.image, x=20.2, y=15.7, radius=4)
     advertised = fit_star(np.pad(result.target_psf, 6), radius=4)
-    assert fit.sigma == pytest.approx(advertised.sigma, rel=0.01)
+    assert fit.sigma == pytest.approx(advertised.sigma, rel=0.002)
 
 
 def test_one_bright_star_has_its_flux_and_is_round(restored) -> None:
     _, result = restored
     fit = fit_star(result.image, x=20.2, y=15.7, radius=4)
     assert fit.flux == pytest.approx(8000.0, rel=0.01)
-    assert np.hypot(fit.e1, fit.e2) < 0.02
-
-
-def test_bright_stars_have_the_advertised_size_and_their_flux() -> None:
-    """The mean of four noise realisations; one star alone scatters by half a per cent in size."""
-    fits = []
-    for seed in range(1, 5):
-        visits = observe(LAYOUT, STARS[:1], [1.6, 1.8, 2.2, 1.7, 1.9, 2.0], seed=seed, masked_fraction=0.02)
-        result = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=20))
-        fits.append(fit_star(result.image, x=20.2, y=15.7, radius=4))
-    advertised = fit_star(np.pad(result.target_psf, 6), radius=4)
-    assert np.mean([fit.sigma for fit in fits]) == pytest.approx(advertised.sigma, rel=0.01)
-    assert np.mean([fit.flux for fit in fits]) == pytest.approx(8000.0, rel=0.01)
-    assert max(np.hypot(fit.e1, fit.e2) for fit in fits) < 0.02
+    assert np.hypot(fit.e1, fit.e2) < 0.002
 
 
 def test_pair_is_split_that_the_coadd_blends(restored) -> None:
@@ -102,6 +88,7 @@ def test_metrics_and_curves(restored) -> None:
     _, result = restored
     assert result.metrics["method"] == "network fitted from scratch"
     assert result.metrics["n_visits"] == 6
+    assert result.metrics["points"] == {"tried": 3, "kept": 3}
     assert result.metrics["held_out"]["last"] < result.metrics["held_out"]["first"]
     assert result.curves["fit_step"] == [0.0, 25.0, 50.0, 60.0]
     assert len(result.curves["base_step"]) == len(result.curves["base_objective"])

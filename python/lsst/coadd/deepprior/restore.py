@@ -34,6 +34,7 @@ from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
 from .observation import Observation
 from .operators import CellLayout
+from .point_sources import PointSources, point_sources
 from .psf import FWHM_PER_SIGMA, gaussian_stamp, target_sigma
 from .statistics import NothingToRestoreError, PatchData, VisitSets
 from .weights import TrainedNetwork
@@ -293,7 +294,8 @@ def restore(
         method = "network fitted from scratch"
         curves["fit_step"] = [float(step) for step, _ in curve]
         curves["held_out"] = [value for _, value in curve]
-    latent = _latent(data, sets, net, features)
+    points = _latent(data, sets, net, features)
+    latent = points.latent
     times["fit"] = time.monotonic() - mark
     mark = time.monotonic()
     image = _image(data, latent)
@@ -326,16 +328,29 @@ def restore(
         cell_overlap=data.overlap,
         curves=curves,
         metrics=_metrics(
-            observations, data, layers, image, variance, method, conditions, outside, settings, curves, times
+            observations,
+            data,
+            layers,
+            image,
+            variance,
+            method,
+            conditions,
+            outside,
+            points,
+            settings,
+            curves,
+            times,
         ),
     )
 
 
-def _latent(data: PatchData, sets: VisitSets, net: Trunk | None, features: Features) -> torch.Tensor:
-    """Return the latent image of the set of all visits, that of the base without a network."""
+def _latent(data: PatchData, sets: VisitSets, net: Trunk | None, features: Features) -> PointSources:
+    """Return the latent image of the set of all visits (without a network the base) and its points."""
     if net is None:
-        return latent_and_slope(features.start, features.noise)[0]
-    return data_steps(data, sets, mean_latent_image(net, features), features.gate)
+        latent = latent_and_slope(features.start, features.noise)[0]
+    else:
+        latent = data_steps(data, sets, mean_latent_image(net, features), features.gate)
+    return point_sources(data, sets, latent)
 
 
 def _image(data: PatchData, latent: torch.Tensor) -> np.ndarray:
@@ -363,7 +378,7 @@ def _variance(
         )
         solution = maximum_likelihood(noisy, sets, steps=settings.base_steps)
         again = _latent(noisy, sets, net, encoder_features(solution)[0])
-        differences.append(_image(data, again) - image)
+        differences.append(_image(data, again.latent) - image)
         if progress is not None:
             progress("noise", draw + 1, settings.n_variance_draws, float(np.std(differences[-1])))
     depth = data.weight.sum(axis=0)
@@ -379,6 +394,7 @@ def _metrics(
     method: str,
     conditions: dict[str, float],
     outside: list[str],
+    points: PointSources,
     settings: RestoreSettings,
     curves: dict[str, list[float]],
     times: dict[str, float],
@@ -390,6 +406,7 @@ def _metrics(
         "method": method,
         "n_visits": int((data.group >= 0).sum()),
         "network": {"conditions": conditions, "outside": outside},
+        "points": {"tried": points.n_candidates, "kept": len(points.flux)},
         "settings": dataclasses.asdict(settings),
         "psf": {
             "target_fwhm_pixels": data.sigma * FWHM_PER_SIGMA,

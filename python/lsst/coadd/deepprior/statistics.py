@@ -307,10 +307,37 @@ class PatchData:
         Its variance in a cell is the central value of the kernel of A.
         """
         half = self._group_gram.shape[-1] // 2
-        central = self._group_gram[..., half, half].sum(dim=0).sqrt()
+        central = self.gram_kernel()[..., half, half].sqrt()
         layout, border = self.layout, (self.margin,) * 4
         patch = central.repeat_interleave(layout.height, dim=0).repeat_interleave(layout.width, dim=1)
         return torch.nn.functional.pad(patch[None, None], border, mode="replicate")[0, 0]
+
+    def gram_kernel(self) -> torch.Tensor:
+        """Return the kernel of A of all visits in every cell ((i, j, k, k), 1/nJy^2)."""
+        return self._group_gram.sum(dim=0)
+
+    def noise_of_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""Read the visits once for the noise that each pixel of the matched image really has.
+
+        `matched_noise` is that of the sky where no pixel is masked. In stars there is more noise than the
+        weights of the cell say.
+
+        Returns
+        -------
+        variance : `torch.Tensor`, (y, x)
+            Variance ``sum_t (K_t^2)^T w_t^2 m_t v_t`` of ``sum_t K_t^T w_t m_t y_t`` on the canvas, with
+            K^2 the operator of the squared kernels (1/nJy^2).
+        seen : `torch.Tensor`, (y, x)
+            ``sum_t (K_t^2)^T w_t m_t``, the same if v were 1/w everywhere (1/nJy^2).
+        """
+        variance = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        seen = torch.zeros_like(variance)
+        for index, visit in self.visits():
+            squared = self._kernels(index, self._observations[index]).square()
+            power = CellConvolution(squared, self.layout, self.margin)
+            variance += power.adjoint(visit.weight.square() * visit.variance)
+            seen += power.adjoint(visit.weight)
+        return variance, seen
 
     def sets(self, members: torch.Tensor | None = None) -> VisitSets:
         """Read the visits once for what their masks, weights and PSFs say of sets of groups.
