@@ -21,10 +21,15 @@ QUICK = [
 """A configuration that shows that everything runs, at no useful quality."""
 
 
+def command_of(command: str, *arguments: str | Path) -> list[str]:
+    """Return the words of a subcommand of pipetask."""
+    return [str(Path(sys.executable).with_name("pipetask")), command, *map(str, arguments)]
+
+
 def pipetask(command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a subcommand of pipetask; the result has all output in ``stdout``."""
     return subprocess.run(
-        [str(Path(sys.executable).with_name("pipetask")), command, *map(str, arguments)],
+        command_of(command, *arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -21,11 +21,11 @@ import safetensors.torch
 import torch
 from toy import observe
 
-from lsst.coadd.deepprior import training_run
+from lsst.coadd.deepprior.checkpoint import CheckpointError, write_atomically, write_checkpoint
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.training import TrainingPatch, TrainSettings
 from lsst.coadd.deepprior.training_data import TrainingData
-from lsst.coadd.deepprior.training_run import CheckpointError, train_network, write_atomically
+from lsst.coadd.deepprior.training_run import train_network
 from lsst.coadd.deepprior.weights import TrainedNetwork
 
 SETTINGS = TrainSettings(steps=7, n_splits=2, refresh_every=2, checkpoint_every=3, base_steps=5)
@@ -144,7 +144,7 @@ def test_impossible_checkpoint_is_refused(
     state = safetensors.torch.load(checkpoint.read_bytes())
     change(state)
     del facts["sha256"]
-    training_run._write_checkpoint(checkpoint, state, facts)
+    write_checkpoint(checkpoint, state, facts)
     with pytest.raises(CheckpointError, match=message):
         train(data, checkpoint)
 

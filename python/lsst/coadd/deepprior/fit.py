@@ -17,9 +17,11 @@ __all__ = (
     "WeightAverage",
     "corrected",
     "latent_image",
+    "load_weights_state",
     "make_trunk",
     "mean_latent_image",
     "one_cycle",
+    "weights_state",
 )
 
 import itertools
@@ -191,3 +193,58 @@ def one_cycle(step: int, steps: int) -> float:
     """Return the relative learning rate of a step: a linear rise in 5 % of the steps and a cosine decay."""
     warm_up = max(1, steps // 20)
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def weights_state(net: Trunk, average: WeightAverage, optimizer: torch.optim.Adam) -> dict[str, torch.Tensor]:
+    """Return copies of all that the steps of a fit change.
+
+    Parameters
+    ----------
+    net : `~lsst.coadd.deepprior.network.Trunk`
+        The network.
+    average : `WeightAverage`
+        Running mean of its weights.
+    optimizer : `torch.optim.Adam`
+        What moves its weights.
+
+    Returns
+    -------
+    state : `dict` [`str`, `torch.Tensor`]
+        Weights, their running mean, and the optimiser's means of the gradient and of its square, by the names
+        of the parameters with ``weights.``, ``average.``, ``mean.`` and ``square.`` before them.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in net.named_parameters():
+        moments = optimizer.state.get(parameter, {})
+        tensors = {
+            "weights": parameter.detach(),
+            "average": average.weights[name],
+            "mean": moments.get("exp_avg", torch.zeros_like(parameter)),
+            "square": moments.get("exp_avg_sq", torch.zeros_like(parameter)),
+        }
+        state |= {f"{kind}.{name}": tensor.clone() for kind, tensor in tensors.items()}
+    return state
+
+
+def load_weights_state(
+    state: dict[str, torch.Tensor], net: Trunk, average: WeightAverage, optimizer: torch.optim.Adam, step: int
+) -> None:
+    """Go on from what `weights_state` returned after a number of steps.
+
+    Raises
+    ------
+    ValueError
+        Raised if the state is of another network.
+    """
+    expected = {name: tensor.shape for name, tensor in weights_state(net, average, optimizer).items()}
+    if {name: state[name].shape for name in expected if name in state} != expected:
+        raise ValueError("The state is of another network.")
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.copy_(state[f"weights.{name}"])
+            average.weights[name].copy_(state[f"average.{name}"])
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": state[f"mean.{name}"].to(parameter.device, copy=True),
+                "exp_avg_sq": state[f"square.{name}"].to(parameter.device, copy=True),
+            }

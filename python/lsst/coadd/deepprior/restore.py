@@ -20,7 +20,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,16 +28,19 @@ import torch
 from .baselines import inner_smooth, maximum_likelihood
 from .conditions import patch_conditions
 from .data_steps import data_steps
-from .fit import N_TURNS, SplitLoss, WeightAverage, make_trunk, mean_latent_image, one_cycle
-from .groups import deal_splits
+from .fit import mean_latent_image
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
 from .observation import Observation
 from .operators import CellLayout
 from .point_sources import PointSources, point_sources
 from .psf import FWHM_PER_SIGMA, gaussian_stamp, target_sigma
+from .scratch import fit_scratch
 from .statistics import NothingToRestoreError, PatchData, VisitSets
 from .weights import TrainedNetwork
+
+if TYPE_CHECKING:
+    from .fit_checkpoint import FitCheckpoint
 
 Progress = Callable[[str, int, int, float], None]
 """Called with the phase, the step, the number of steps and the loss."""
@@ -47,9 +50,6 @@ MARGIN = 16
 
 _N_PUBLISHED = 1
 """Number of noise realisations that are kept."""
-
-_AVERAGING = 0.99
-"""Decay of the running mean of the weights, which is the network that is used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,41 +169,6 @@ class Restoration:
     metrics: dict[str, Any]
 
 
-def _fit_scratch(data: PatchData, settings: RestoreSettings, progress: Progress | None) -> tuple[Trunk, list]:
-    """Fit a network with a random start to the splits of a patch; return it with its learning curve."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    encoder, loss = deal_splits(data.n_groups, settings.n_splits, generator)
-    split_loss = SplitLoss(data, encoder, loss, settings.base_steps)
-    net = make_trunk(settings.seed, data.device, data.dtype)
-    average = WeightAverage(net, _AVERAGING)
-    optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, settings.steps))
-    curve: list[tuple[int, float]] = []
-
-    def refresh(step: int) -> None:
-        held_out = split_loss.refresh(net)
-        curve.append((step, held_out))
-        if not math.isfinite(held_out):
-            raise FloatingPointError(f"The fit diverged at step {step}; lower the learning rate.")
-        if progress is not None:
-            progress("fit", step, settings.steps, held_out)
-
-    order: list[int] = []
-    for step in range(settings.steps):
-        if step % settings.refresh_every == 0:
-            refresh(step)
-        if not order:
-            order = torch.randperm(len(split_loss), generator=generator).tolist()
-        optimizer.zero_grad(set_to_none=True)
-        split_loss.backward(net, order.pop(), int(torch.randint(N_TURNS, (1,), generator=generator)))
-        optimizer.step()
-        schedule.step()
-        average.update(net, step)
-    average.copy_to(net)
-    refresh(settings.steps)
-    return net, curve
-
-
 def restore(
     observations: Sequence[Observation],
     layout: CellLayout,
@@ -212,6 +177,7 @@ def restore(
     network: TrainedNetwork | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    checkpoint: FitCheckpoint | None = None,
 ) -> Restoration:
     """Restore a patch from its visits.
 
@@ -230,6 +196,8 @@ def restore(
         Where to compute.
     progress : `~collections.abc.Callable`, optional
         Called with the phase, the step, the number of steps and the loss.
+    checkpoint : `~lsst.coadd.deepprior.fit_checkpoint.FitCheckpoint`, optional
+        Where a fit keeps its state, and goes on from if there is one.
 
     Returns
     -------
@@ -290,7 +258,7 @@ def restore(
     elif data.n_groups == 1:
         method = "maximum likelihood: one visit cannot be split"
     else:
-        net, curve = _fit_scratch(data, settings, progress)
+        net, curve = fit_scratch(data, settings, progress, checkpoint)
         method = "network fitted from scratch"
         curves["fit_step"] = [float(step) for step, _ in curve]
         curves["held_out"] = [value for _, value in curve]

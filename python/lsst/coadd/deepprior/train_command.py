@@ -23,11 +23,12 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from .checkpoint import CheckpointError, write_atomically
 from .ingest import DEFAULT_RUN, IngestError
 from .network_dataset import DEFAULT_NETWORK_RUN, NetworkIngestError, ingest_network
 from .progress import ProgressLines
 from .training_data import TrainingDataError, butler_data, file_data, scene_data
-from .training_run import CheckpointError, train_network, write_atomically
+from .training_run import train_network
 from .warp_files import InvalidWarpFileError
 from .warps import InvalidWarpError
 

@@ -22,7 +22,15 @@ import torch
 
 from .baselines import maximum_likelihood
 from .conditions import AXES, patch_conditions
-from .fit import N_TURNS, SplitLoss, WeightAverage, make_trunk, one_cycle
+from .fit import (
+    N_TURNS,
+    SplitLoss,
+    WeightAverage,
+    load_weights_state,
+    make_trunk,
+    one_cycle,
+    weights_state,
+)
 from .groups import deal_splits
 from .observation import Observation
 from .operators import CellLayout
@@ -238,17 +246,7 @@ class Trainer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return copies of all that changes in the training (`dict` [`str`, `torch.Tensor`])."""
-        state = {"step": torch.tensor(self.step)}
-        for name, parameter in self._net.named_parameters():
-            moments = self._optimizer.state.get(parameter, {})
-            tensors = {
-                "weights": parameter.detach(),
-                "average": self._average.weights[name],
-                "mean": moments.get("exp_avg", torch.zeros_like(parameter)),
-                "square": moments.get("exp_avg_sq", torch.zeros_like(parameter)),
-            }
-            state |= {f"{kind}.{name}": tensor.clone() for kind, tensor in tensors.items()}
-        return state
+        return {"step": torch.tensor(self.step)} | weights_state(self._net, self._average, self._optimizer)
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from a state.
@@ -267,15 +265,7 @@ class Trainer:
         if {name: tensor.shape for name, tensor in state.items()} != expected:
             raise ValueError("The state of the training is of another network.")
         self.step = int(state["step"])
-        with torch.no_grad():
-            for name, parameter in self._net.named_parameters():
-                parameter.copy_(state[f"weights.{name}"])
-                self._average.weights[name].copy_(state[f"average.{name}"])
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.step)),
-                    "exp_avg": state[f"mean.{name}"].to(parameter.device, copy=True),
-                    "exp_avg_sq": state[f"square.{name}"].to(parameter.device, copy=True),
-                }
+        load_weights_state(state, self._net, self._average, self._optimizer, self.step)
 
     def network(self, card: dict[str, str]) -> TrainedNetwork:
         """Return the trained network: the mean weights, and the ranges of the conditions of the patches.

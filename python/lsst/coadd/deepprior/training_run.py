@@ -7,39 +7,25 @@
 
 from __future__ import annotations
 
-__all__ = ("CheckpointError", "train_network", "write_atomically")
+__all__ = ("train_network",)
 
 import dataclasses
-import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import __version__
+from .checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from .training_data import TrainingData, TrainingDataError
 
 if TYPE_CHECKING:
-    import torch
-
     from .training import TrainSettings
     from .weights import TrainedNetwork
 
-_HEADER_KEY = "deepprior"
-"""The entry of the safetensors metadata of a checkpoint that says what it belongs to."""
-
-_DIGEST = "sha256"
-"""The entry of this header with the checksum of the tensors."""
-
 _ADVICE = "Remove it to start anew, or name another file with --checkpoint."
-
-
-class CheckpointError(RuntimeError):
-    """Raised for a checkpoint that cannot be continued; the message says why and what to do."""
 
 
 def train_network(
@@ -91,7 +77,7 @@ def train_network(
         "patches": data.fingerprint,
         "deepprior_version": __version__,
     }
-    state = _read_checkpoint(checkpoint, facts)
+    state = read_checkpoint(checkpoint, facts, owner="a training", advice=_ADVICE)
     report = progress if progress is not None else lambda *_: None
     try:
         trainer = Trainer(
@@ -109,7 +95,7 @@ def train_network(
             raise CheckpointError(f"{checkpoint} cannot be continued: {err} {_ADVICE}") from err
     trainer.run(
         lambda step, n_steps, loss: report("training", step, n_steps, loss),
-        lambda state: _write_checkpoint(checkpoint, state, facts),
+        lambda state: write_checkpoint(checkpoint, state, facts),
     )
     return trainer.network(
         card
@@ -121,85 +107,3 @@ def train_network(
             "torch_version": version("torch"),
         }
     )
-
-
-def _write_checkpoint(path: Path, state: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-    """Write the state of a training, with what it belongs to."""
-    import safetensors.torch
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    header = json.dumps(facts | {_DIGEST: _digest(tensors)})
-    write_atomically(path, safetensors.torch.save(tensors, {_HEADER_KEY: header}))
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    """Compute the SHA-256 of names, types, shapes and values."""
-    import safetensors.torch
-
-    return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
-
-
-def _read_checkpoint(path: Path, facts: dict[str, Any]) -> dict[str, torch.Tensor] | None:
-    """Read the state of a training, and refuse that of another one; `None` where there is no file."""
-    import safetensors
-    import torch
-
-    if not path.exists():
-        return None
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            stored = json.loads((file.metadata() or {})[_HEADER_KEY])
-            state = {name: file.get_tensor(name) for name in file.keys()}
-        if not isinstance(stored, dict):
-            raise ValueError("its header is no dictionary")
-        if stored.pop(_DIGEST, None) != _digest(state):
-            raise ValueError("its checksum does not agree with its content")
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError) as err:
-        raise CheckpointError(
-            f"{path} is no checkpoint of a training, or damaged ({err}). {_ADVICE}"
-        ) from err
-    expected = json.loads(json.dumps(facts))
-    for name in expected.keys() | stored.keys():
-        if stored.get(name) != expected.get(name):
-            difference = f"{stored.get(name)}, and not {expected.get(name)}"
-            raise CheckpointError(f"{path} belongs to a training with {name} = {difference}. {_ADVICE}")
-    for name, tensor in state.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path} is of a training that diverged: {name} is not finite. {_ADVICE}")
-    return state
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that there is the old one or the new one, and never a part.
-
-    Parameters
-    ----------
-    path : `~pathlib.Path`
-        The file.
-    data : `bytes`
-        Its content.
-
-    Raises
-    ------
-    OSError
-        Raised if it cannot be written; it names the file.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException as err:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(err, OSError) and err.errno is not None:
-            err.filename = str(path)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

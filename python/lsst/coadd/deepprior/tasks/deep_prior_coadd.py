@@ -13,6 +13,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsst.coadd.deepprior import __version__
@@ -31,6 +32,7 @@ from lsst.pipe.base import (
 from lsst.pipe.base.connectionTypes import Input, Output, PrerequisiteInput
 
 from ..coadd import InputPlanes, make_coadds
+from ..fit_checkpoint import FitCheckpoint, checkpoint_file, inputs_digest
 from ..network_dataset import NETWORK_DATASET_TYPE, NETWORK_STORAGE_CLASS, network_from_dataset
 from ..progress import ProgressLines
 from ..psf import FWHM_PER_SIGMA
@@ -214,6 +216,21 @@ class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoad
             "cuda": "A GPU; without one the task fails.",
         },
     )
+    checkpoint_dir = Field[str](
+        doc="Directory in which the fit from scratch keeps its state, one file a patch and band, so that a "
+        "quantum that was killed goes on where it was when it is run again. It must outlive the job, and be "
+        "seen by whatever node takes the retry. Environment variables in it are those of the job. The file "
+        "is removed once the outputs are stored. Without a directory nothing is kept.",
+        default=None,
+        optional=True,
+    )
+    checkpoint_every = RangeField(
+        dtype=int,
+        doc="Number of steps of the fit between two times that its state is written; SIGTERM has it written "
+        "at once. The state has a few MB, whatever the size of the patch.",
+        default=25,
+        min=1,
+    )
     cache_gib = RangeField(
         dtype=float,
         doc="Memory in GiB that pixels of warps may take between two passes over the visits. Warps that do "
@@ -256,15 +273,28 @@ class DeepPriorCoaddTask(PipelineTask):
                 network = network_from_dataset(butlerQC.get(inputRefs.network))
             except Exception as err:
                 raise RuntimeError(f"The network {inputRefs.network} cannot be used: {err}") from err
+        checkpoint = None
+        if self.config.checkpoint_dir:
+            data_id = outputRefs.coadd.dataId
+            parts = [data_id[name] for name in ("skymap", "tract", "patch", "band")]
+            checkpoint = checkpoint_file(self.config.checkpoint_dir, parts)
         outputs = self.run(
             warps=WarpHandles(butlerQC.get(inputRefs.warps)),
             network=network,
             n_threads=butlerQC.resources.num_cores,
+            checkpoint=checkpoint,
         )
         butlerQC.put(outputs, outputRefs)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
 
     def run(
-        self, *, warps: Sequence[Warp], network: TrainedNetwork | None = None, n_threads: int = 1
+        self,
+        *,
+        warps: Sequence[Warp],
+        network: TrainedNetwork | None = None,
+        n_threads: int = 1,
+        checkpoint: Path | None = None,
     ) -> Struct:
         """Restore a patch.
 
@@ -277,6 +307,8 @@ class DeepPriorCoaddTask(PipelineTask):
             What the pretrained start uses instead of the network that comes with the package.
         n_threads : `int`, optional
             Number of threads to compute with on the CPU.
+        checkpoint : `~pathlib.Path`, optional
+            File that a fit keeps its state in, and goes on from if it is there.
 
         Returns
         -------
@@ -289,7 +321,8 @@ class DeepPriorCoaddTask(PipelineTask):
             Raised if no warp has a usable pixel.
         RuntimeError
             Raised if a warp cannot be used or has other cells than those before it, no GPU is found where one
-            is asked for, or the network that comes with the package is missing or damaged.
+            is asked for, the network that comes with the package is missing or damaged, or the checkpoint is
+            of other inputs or settings.
         """
         import torch
 
@@ -339,6 +372,17 @@ class DeepPriorCoaddTask(PipelineTask):
         settings = RestoreSettings(
             target_fwhm=target_fwhm, **{name: getattr(self.config, name) for name in same}
         )
+        fit_checkpoint = None
+        if checkpoint is not None:
+            facts = {
+                "settings": dataclasses.asdict(settings),
+                "inputs": inputs_digest(observations),
+                "deepprior_version": __version__,
+            }
+            try:
+                fit_checkpoint = FitCheckpoint(checkpoint, self.config.checkpoint_every, facts, self.log)
+            except OSError as err:
+                raise RuntimeError(f"The directory of the checkpoint cannot be made: {err}") from err
         device = self._device(torch.cuda.is_available())
         restoration = restore(
             observations,
@@ -347,6 +391,7 @@ class DeepPriorCoaddTask(PipelineTask):
             network=network,
             device=device,
             progress=ProgressLines(lambda line: self.log.info("%s, %s.", label, line)),
+            checkpoint=fit_checkpoint,
         )
         start = self._describe_start(network, restoration, label)
         metadata = {

@@ -1,0 +1,121 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+
+"""The fit of a network to the visits of one patch, from a random start."""
+
+from __future__ import annotations
+
+__all__ = ("fit_scratch",)
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from .fit import N_TURNS, SplitLoss, WeightAverage, load_weights_state, make_trunk, one_cycle, weights_state
+from .groups import deal_splits
+from .network import Trunk
+from .statistics import PatchData
+
+if TYPE_CHECKING:
+    from .fit_checkpoint import FitCheckpoint
+    from .restore import RestoreSettings
+
+_AVERAGING = 0.99
+"""Decay of the running mean of the weights, which is the network that is used."""
+
+
+def fit_scratch(
+    data: PatchData,
+    settings: RestoreSettings,
+    progress: Callable[[str, int, int, float], None] | None = None,
+    checkpoint: FitCheckpoint | None = None,
+) -> tuple[Trunk, list[tuple[int, float]]]:
+    """Fit a network with a random start to the splits of a patch.
+
+    Parameters
+    ----------
+    data : `~lsst.coadd.deepprior.statistics.PatchData`
+        Two groups of visits at least.
+    settings : `~lsst.coadd.deepprior.restore.RestoreSettings`
+        Numerical settings.
+    progress : `~collections.abc.Callable`, optional
+        Called with the phase, the step, the number of steps and the loss.
+    checkpoint : `~lsst.coadd.deepprior.fit_checkpoint.FitCheckpoint`, optional
+        Where the state of the fit is kept, and goes on from if there is one.
+
+    Returns
+    -------
+    net : `~lsst.coadd.deepprior.network.Trunk`
+        The network, with the running mean of its weights.
+    curve : `list` [`tuple` [`int`, `float`]]
+        Steps, and the objective of the visits that the encoder did not read.
+
+    Raises
+    ------
+    FloatingPointError
+        Raised if the fit diverged.
+    CheckpointError
+        Raised if the state is that of another fit.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    encoder, loss = deal_splits(data.n_groups, settings.n_splits, generator)
+    split_loss = SplitLoss(data, encoder, loss, settings.base_steps)
+    net = make_trunk(settings.seed, data.device, data.dtype)
+    average = WeightAverage(net, _AVERAGING)
+    optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
+    curve: list[tuple[int, float]] = []
+    order: list[int] = []
+    linearised: dict[str, torch.Tensor] = {}
+    first = 0
+
+    def refresh(step: int) -> None:
+        held_out = split_loss.refresh(net)
+        linearised.update({f"linearised.{name}": p.detach().clone() for name, p in net.named_parameters()})
+        curve.append((step, held_out))
+        if not math.isfinite(held_out):
+            raise FloatingPointError(f"The fit diverged at step {step}; lower the learning rate.")
+        if progress is not None:
+            progress("fit", step, settings.steps, held_out)
+
+    def state() -> dict[str, torch.Tensor]:
+        return {
+            "generator": generator.get_state(),
+            "order": torch.tensor(order, dtype=torch.int64),
+            "curve": torch.tensor(curve, dtype=torch.float64),
+            **linearised,
+            **weights_state(net, average, optimizer),
+        }
+
+    stored = checkpoint.load() if checkpoint is not None else None
+    if stored is not None:
+        first = int(stored["step"])
+        # The statistics are those of the weights at which they were linearised.
+        linearised.update({name: t for name, t in stored.items() if name.startswith("linearised.")})
+        net.load_state_dict({name.removeprefix("linearised."): t for name, t in linearised.items()})
+        split_loss.refresh(net)
+        load_weights_state(stored, net, average, optimizer, first)
+        generator.set_state(stored["generator"])
+        order = stored["order"].tolist()
+        curve = [(int(step), value) for step, value in stored["curve"].tolist()]
+    with checkpoint.guard() if checkpoint is not None else contextlib.nullcontext():
+        for step in range(first, settings.steps):
+            if step % settings.refresh_every == 0:
+                refresh(step)
+            if not order:
+                order = torch.randperm(len(split_loss), generator=generator).tolist()
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * one_cycle(step, settings.steps)
+            optimizer.zero_grad(set_to_none=True)
+            split_loss.backward(net, order.pop(), int(torch.randint(N_TURNS, (1,), generator=generator)))
+            optimizer.step()
+            average.update(net, step)
+            if checkpoint is not None:
+                checkpoint.keep(step + 1, settings.steps, state())
+    average.copy_to(net)
+    refresh(settings.steps)
+    return net, curve
