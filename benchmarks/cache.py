@@ -24,17 +24,20 @@ _PACKAGE = Path(lsst.coadd.deepprior.__file__).parent
 _HERE = Path(__file__).parent
 
 
-class _WithoutDocstrings(ast.NodeTransformer):
-    """Drops texts that stand alone, which change nothing."""
+class _WhatRuns(ast.NodeTransformer):
+    """Drops texts that stand alone, and imports for the checker of types, which change nothing."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         return None if isinstance(node.value, ast.Constant) else node
+
+    def visit_If(self, node: ast.If) -> ast.If | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
 
 
 @functools.cache
 def _parsed(path: Path) -> tuple[str, frozenset[str]]:
     """Return the code of a module without comments and docstrings, and the siblings that it imports."""
-    tree = ast.parse(path.read_text())
+    tree = _WhatRuns().visit(ast.parse(path.read_text()))
     siblings = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -46,7 +49,7 @@ def _parsed(path: Path) -> tuple[str, frozenset[str]]:
                 siblings.update(names)
         elif isinstance(node, ast.Import):
             siblings.update(alias.name for alias in node.names)
-    return ast.unparse(_WithoutDocstrings().visit(tree)), frozenset(siblings)
+    return ast.unparse(tree), frozenset(siblings)
 
 
 def code_of(modules: Iterable[str], alone: Iterable[str] = ()) -> str:
