@@ -14,7 +14,9 @@ import importlib.metadata
 import math
 import platform
 import statistics
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import reach
@@ -302,6 +304,13 @@ def _glow(results: Results, seeds: Sequence[int]) -> str:
     )
 
 
+def _commit() -> str:
+    """Return the commit of the source tree; ``-dirty`` follows where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
 def make(
     results: Results, seeds: Mapping[str, Sequence[int]], tuning: Sequence[int], versions: Mapping[str, str]
 ) -> str:
@@ -330,7 +339,7 @@ def make(
     parts = [
         "# Fidelity of the restored image and of other methods\n",
         f"Made by `python benchmarks/fidelity.py` with Python {platform.python_version()}, {libraries} on "
-        f"{platform.machine()}, one thread a run. Settings were chosen on the scenes "
+        f"{platform.machine()}, one thread a run, at commit {_commit()}. Settings were chosen on the scenes "
         f"{', '.join(map(str, tuning))} of the standard family (largest median PSNR); reported are its "
         f"scenes {', '.join(map(str, standard))}. What was not run with the present code says '{NOT_RUN}'.\n",
         "## What is to be reached, and what is\n",
