@@ -56,7 +56,8 @@ class DirectWarpConfig(WarpFormConfig):
     )
     use_artifact_masks = Field[bool](
         doc="Whether the masks of artifacts that the deep coadd found by comparing visits are read, and "
-        "their planes added to those of the direct warps; visits without one are left out, as in cell coadds.",
+        "their planes added to those of the direct warps; visits without one are left out, as in cell "
+        "coadds.",
         default=False,
     )
     max_masked_fraction = RangeField(
