@@ -231,7 +231,7 @@ def test_shear_is_not_measured_on_restored_coadds() -> None:
         class MeasurementConfig(Config):
             """The part of a measurement config that is overridden."""
 
-            plugins = RegistryField(registry, "Plugins.", default=list(names), multi=True)
+            plugins = RegistryField("Plugins.", registry, default=list(names), multi=True)
 
         class TaskConfig(Config):
             """Config of a task that measures."""
