@@ -4,6 +4,6 @@ config.warp_form = "exposure"
 # The same visits and artifact masks as the deep coadd.
 config.select_visits = True
 config.use_artifact_masks = True
-# EDGE marks pixels near the edge of a detector, where nothing is detected: they are good, and Rubin coadds use
-# them.
+# EDGE marks pixels near the edge of a detector, where nothing is detected. They are good, and Rubin's coadds
+# use them.
 config.bad_mask_planes.remove("EDGE")

@@ -89,7 +89,7 @@ class DirectWarpConfig(WarpFormConfig):
         super().validate()
         if self.warp_form != "exposure":
             for name in ("select_visits", "use_artifact_masks", "max_masked_fraction", "n_noise_warps"):
-                if getattr(self, name):
+                if getattr(self, name) != self._fields[name].default:
                     raise ValueError(f"{name} needs warp_form = 'exposure'.")
 
 
