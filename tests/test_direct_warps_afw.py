@@ -278,6 +278,9 @@ def test_exposure_without_calibration_or_psf_is_refused(
     exposure.setPsf(None)
     with pytest.raises(InvalidWarpError, match="Cam visit 901: it has no PSF"):
         warp_from_exposure(exposure, data_id(VISITS[0]), geometry)
+    exposure.getMetadata()["BUNIT"] = "adu"
+    with pytest.raises(InvalidWarpError, match="its pixels are in adu, and no calibration"):
+        warp_from_exposure(exposure, data_id(VISITS[0]), geometry)
     exposure.setPhotoCalib(None)
     with pytest.raises(InvalidWarpError, match="no photometric calibration"):
         warp_from_exposure(exposure, data_id(VISITS[0]), geometry)

@@ -162,6 +162,19 @@ def test_detectors_share_the_cells_of_a_visit(warp: Warp, tmp_path: Any) -> None
     assert [bool(rows[1, 1, detector]["overlaps_center"]) for detector in (5, 2)] == [False, True]
 
 
+def test_no_cell_is_lost_between_the_outlines_of_detectors(warp: Warp) -> None:
+    far = Polygon.from_box(Box.from_shape((3, 3)))
+    lower = Polygon.from_box(
+        Box.factory[warp.bbox.y.start : warp.bbox.y.start + 10, warp.bbox.x.start : warp.bbox.x.stop]
+    )
+    rows = changed(warp, detectors={4: far, 8: lower}).to_cell_coadd().provenance.contributions
+    # The lower one covers the first row of cells in part, and the second one not at all.
+    detectors = {(row["cell_i"], row["cell_j"]): row["detector"] for row in rows}
+    assert detectors == {(0, 0): 8, (0, 1): 8, (0, 2): 8, (1, 0): 4, (1, 1): 4}
+    fractions = {(row["cell_i"], row["cell_j"]): row["overlap_fraction"] for row in rows}
+    assert fractions[1, 1] == pytest.approx(35 * 36 / 1440)
+
+
 def test_psf_shapes_are_adaptive_moments(warp: Warp, scene: Scene) -> None:
     y, x = np.mgrid[-12:13, -12:13]
     xx, yy, xy = 6.0, 4.0, 1.0

@@ -272,7 +272,7 @@ def assemble_warp(
     def cut(plane: Image, name: str) -> np.ndarray:
         if not plane.bbox.contains(bbox):
             raise InvalidWarpError(f"{label}: the {name} covers {plane.bbox} only, the image {bbox}.")
-        return plane[bbox].array
+        return plane[bbox].array.copy()  # a view would keep the border of the exposure in memory
 
     planes: dict[str, np.ndarray] = {}
     for bits in masks:
@@ -339,11 +339,17 @@ def warp_from_exposure(
     Raises
     ------
     InvalidWarpError
-        Raised if the exposure has no photometric calibration or no PSF, or its parts do not fit together.
+        Raised if the exposure has no PSF or no photometric calibration to nJy, or its parts do not fit
+        together.
+    ImportError
+        Raised without a Science Pipelines installation.
     """
     label = f"{data_id['instrument']} visit {data_id['visit']}"
     if (photo_calib := exposure.getPhotoCalib()) is None:
         raise InvalidWarpError(f"{label}: it has no photometric calibration, so its units are not known.")
+    unit = exposure.getMetadata().get("BUNIT", "nJy")
+    if photo_calib.getCalibrationMean() == 1.0 and unit != "nJy":
+        raise InvalidWarpError(f"{label}: its pixels are in {unit}, and no calibration carries them to nJy.")
     if exposure.getPsf() is None:
         raise InvalidWarpError(f"{label}: it has no PSF.")
     grid = geometry.patch.cells

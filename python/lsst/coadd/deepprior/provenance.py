@@ -9,13 +9,12 @@ from __future__ import annotations
 
 __all__ = ("make_provenance",)
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsst.images import Box, NoOverlapError, Polygon
+from lsst.images import Box, Polygon
 from lsst.images.cells import CellGridBounds, CoaddProvenance, PatchDefinition
 
 if TYPE_CHECKING:
@@ -63,52 +62,58 @@ def make_provenance(
     for row, (warp, detector) in zip(inputs, input_rows, strict=True):
         row["polygon"] = warp.detectors[detector]
 
-    boxes = {
-        (cell.i, cell.j): patch.cells.bbox_of(cell)
-        for cell in CellGridBounds(grid=patch.cells, bbox=patch.cells.bbox).cell_indices()
-    }
-    entries = [
-        (t, i, j, detector, share)
-        for t, i, j in np.argwhere(contributes).tolist()
-        for detector, share in _shares(warps[t].detectors, boxes[i, j]).items()
-    ]
-    rows = CoaddProvenance.make_empty_contribution_table(len(entries))
-    columns = np.array(entries, dtype=float).reshape(-1, 5).T
-    visits, cell_i, cell_j, detectors = columns[:4].astype(int)
-    shares = columns[4]
-    rows["cell_i"][:], rows["cell_j"][:], rows["detector"][:] = cell_i, cell_j, detectors
-    for name in ("instrument", "visit"):
-        rows[name][:] = [getattr(warps[t], name) for t in visits]
-    rows["overlaps_center"][:] = [
-        _overlaps_center(warps[t], detector, boxes[i, j]) for t, i, j, detector, _ in entries
-    ]
-    rows["overlap_fraction"][:] = shares * overlap_fraction[visits, cell_i, cell_j]
-    rows["unmasked_fraction"][:] = shares * unmasked_fraction[visits, cell_i, cell_j]
-    rows["weight"][:] = weight[visits, cell_i, cell_j]
-    shapes = [warps[t].psf_shapes[i, j] for t, i, j, _, _ in entries]
-    xx, yy, xy = np.array(shapes).reshape(-1, 3).T
-    rows["psf_shape_xx"][:], rows["psf_shape_yy"][:], rows["psf_shape_xy"][:] = xx, yy, xy
-    rows["psf_shape_flag"][:] = ~np.isfinite(xx + yy + xy)
+    cells = list(CellGridBounds(grid=patch.cells, bbox=patch.cells.bbox).cell_indices())
+    boxes = [patch.cells.bbox_of(cell) for cell in cells]
+    shape = patch.cells.grid_size.as_tuple()
+    center_x = np.array([box.x.start + box.x.size // 2 for box in boxes]).reshape(shape)
+    center_y = np.array([box.y.start + box.y.size // 2 for box in boxes]).reshape(shape)
+    columns: dict[str, list[np.ndarray]] = {}
+    for t, warp in enumerate(warps):
+        covered = warp.bbox.contains(x=center_x, y=center_y)
+        for detector, share in _shares(warp.detectors, boxes, shape).items():
+            here = contributes[t] & (share > 0.0)
+            i, j = np.nonzero(here)
+            xx, yy, xy = warp.psf_shapes[here].T
+            block = {
+                "cell_i": i,
+                "cell_j": j,
+                "instrument": np.full(len(i), warp.instrument, dtype=object),
+                "visit": np.full(len(i), warp.visit),
+                "detector": np.full(len(i), detector),
+                "overlaps_center": (covered & warp.detectors[detector].contains(x=center_x, y=center_y))[
+                    here
+                ],
+                "overlap_fraction": (share * overlap_fraction[t])[here],
+                "unmasked_fraction": (share * unmasked_fraction[t])[here],
+                "weight": weight[t][here],
+                "psf_shape_xx": xx,
+                "psf_shape_yy": yy,
+                "psf_shape_xy": xy,
+                "psf_shape_flag": ~np.isfinite(xx + yy + xy),
+            }
+            for name, values in block.items():
+                columns.setdefault(name, []).append(values)
+    rows = CoaddProvenance.make_empty_contribution_table(sum(map(len, columns["visit"])))
+    for name, blocks in columns.items():
+        rows[name][:] = np.concatenate(blocks)
     return CoaddProvenance(inputs=inputs, contributions=rows)
 
 
-def _overlaps_center(warp: WarpInfo, detector: int, cell: Box) -> bool:
-    """Tell whether a detector covers the central pixel of a cell."""
-    y, x = cell.y.start + cell.y.size // 2, cell.x.start + cell.x.size // 2
-    return warp.bbox.contains(y=y, x=x) and bool(warp.detectors[detector].contains(y=y, x=x))
+def _shares(
+    detectors: Mapping[int, Polygon], cells: Sequence[Box], shape: tuple[int, int]
+) -> dict[int, np.ndarray]:
+    """Return the shares, of sum 1, of the detectors in what they cover of each cell, (cell_i, cell_j).
 
-
-def _shares(detectors: Mapping[int, Polygon], cell: Box) -> dict[int, float]:
-    """Return the shares, of sum 1, of the detectors in the area of a cell that the visit covers."""
+    The first one has all of a cell that none covers: outlines are straight between corners, pixels are not.
+    """
     if len(detectors) == 1:
-        return dict.fromkeys(detectors, 1.0)
-    outline = Polygon.from_box(cell)
+        return dict.fromkeys(detectors, np.ones(shape))
+    outlines = [Polygon.from_box(cell).to_shapely() for cell in cells]
     areas = {}
     for detector, polygon in detectors.items():
-        with contextlib.suppress(NoOverlapError):
-            areas[detector] = polygon.intersection(outline).area
-    areas = {detector: area for detector, area in areas.items() if area > 0.0}
-    if not areas:  # outlines are straight lines between corners, pixels are not
-        return {next(iter(detectors)): 1.0}
-    total = sum(areas.values())
-    return {detector: area / total for detector, area in areas.items()}
+        region = polygon.to_shapely()
+        areas[detector] = np.array([region.intersection(cell).area for cell in outlines]).reshape(shape)
+    total = np.sum(list(areas.values()), axis=0)
+    first = next(iter(areas))
+    areas[first] = np.where(total > 0.0, areas[first], 1.0)
+    return {detector: area / np.where(total > 0.0, total, 1.0) for detector, area in areas.items()}
