@@ -284,3 +284,25 @@ def test_arrays_of_another_patch_or_other_visits_are_refused(
     restoration.image = restoration.image.T
     with pytest.raises(ValueError, match=r"shape \(108, 80\), its patch \(80, 108\)"):
         make_coadds(restoration, infos, planes, sky_projection=scene.sky_projection, band="r")
+
+
+def test_aperture_corrections(restoration: Any, inputs: tuple[list[Warp], InputPlanes], scene: Scene) -> None:
+    """The residual has the averages of the visits, the restored image the correction of the PSF flux."""
+    warps, planes = inputs
+    psf, model = "base_PsfFlux_instFlux", "modelfit_CModel_instFlux"
+    infos = [
+        dataclasses.replace(
+            warp.info,
+            aperture_corrections={psf: np.full((2, 3), 1.0 + t), model: np.full((2, 3), 5.0 + t)},
+        )
+        for t, warp in enumerate(warps)
+    ]
+    coadd, residual = make_coadds(restoration, infos, planes, sky_projection=scene.sky_projection, band="r")
+    weight = restoration.cell_weight
+    mean = np.sum(weight * np.arange(3.0)[:, np.newaxis, np.newaxis], axis=0)[1, 0] / weight.sum(axis=0)[1, 0]
+    first = CellIJ(i=1, j=0)
+    assert residual.aperture_corrections[psf].value_in_cell(first) == pytest.approx(1.0 + mean)
+    assert residual.aperture_corrections[model].value_in_cell(first) == pytest.approx(5.0 + mean)
+    for name in (psf, model):
+        assert coadd.aperture_corrections[name].value_in_cell(first) == pytest.approx(1.0 + mean)
+        assert CellIJ(i=1, j=2) in coadd.aperture_corrections[name].bounds.missing

@@ -63,6 +63,9 @@ def test_pipeline_is_found_with_and_without_eups(directory, monkeypatch):
     else:
         monkeypatch.setenv("COADD_DEEPPRIOR_DIR", directory)
     assert set(Pipeline.from_uri(PIPELINE).task_labels) == LABELS
+    # Its imports and the camera's config file are found by the same variable.
+    camera = PIPELINE.replace("deepPriorCoadd.yaml", "LSSTCam/DRP-deepPrior.yaml")
+    assert set(Pipeline.from_uri(camera).task_labels) > LABELS
 
 
 def test_wheel_leaves_the_shared_namespace_alone(wheel):

@@ -170,12 +170,12 @@ def test_network_is_an_input_only_where_it_is_asked_for() -> None:
 
 
 def test_graph_building_imports_no_torch() -> None:
-    """The modules that building a graph imports must load neither torch nor matplotlib."""
+    """The modules that building a graph imports must load neither torch nor matplotlib nor afw."""
     code = (
         "import sys\n"
         "from lsst.coadd.deepprior.tasks import deep_prior_coadd, measure_deep_prior_coadd\n"
-        "from lsst.coadd.deepprior.tasks import plot_deep_prior_coadd\n"
-        "print({'torch', 'matplotlib'} & set(sys.modules))"
+        "from lsst.coadd.deepprior.tasks import plot_deep_prior_coadd, deconvolve_with_deep_prior\n"
+        "print({'torch', 'matplotlib', 'lsst.afw'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

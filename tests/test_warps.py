@@ -15,7 +15,7 @@ import pytest
 from lsst.coadd.deepprior.cells import cover_with_cells, make_cell_psf
 from lsst.coadd.deepprior.simulate import Scene
 from lsst.coadd.deepprior.warps import InvalidWarpError, Warp
-from lsst.images import YX, Box, Image, Mask, MaskPlane, MaskSchema
+from lsst.images import YX, Box, Image, Mask, MaskPlane, MaskSchema, Polygon
 from lsst.images.cells import CellCoadd, CellIJ
 
 
@@ -44,7 +44,7 @@ def warp(scene: Scene) -> Warp:
         psf=make_cell_psf(stamps, patch.cells),
         sky_projection=scene.sky_projection,
         patch=patch,
-        detector=3,
+        detectors={3: Polygon.from_box(bbox)},
     )
 
 
@@ -96,16 +96,21 @@ def test_cell_coadd_round_trip(warp: Warp, tmp_path: Any) -> None:
     image = warp.image.copy()
     image[3, 4] = np.nan
     noise = np.random.default_rng(9).normal(size=(50, 70)).astype(np.float32)
-    warp = changed(warp, mask=mask, image=image, noise=(noise,))
+    factors = {"f_instFlux": np.array([[1.0, 1.1, 1.2], [np.nan, 1.3, 1.4]])}
+    warp = changed(warp, mask=mask, image=image, noise=(noise,), aperture_corrections=factors)
     warp.to_cell_coadd().write(str(tmp_path / "warp.fits"))
     coadd = CellCoadd.read(str(tmp_path / "warp.fits"))
     back = Warp.from_cell_coadd(coadd)
-    for name in ("instrument", "visit", "detector", "physical_filter", "band", "day_obs", "bbox", "patch"):
+    for name in ("instrument", "visit", "detectors", "physical_filter", "band", "day_obs", "bbox", "patch"):
         assert getattr(back, name) == getattr(warp, name), name
     np.testing.assert_array_equal(back.image, warp.image)
     np.testing.assert_array_equal(back.variance, warp.variance)
     np.testing.assert_array_equal(back.noise[0], noise)
     np.testing.assert_array_equal(back.mask.get("CR"), mask.get("CR"))
+    # A CellCoadd has no corrections where it has no PSF.
+    np.testing.assert_array_equal(
+        back.aperture_corrections["f_instFlux"], [[1.0, 1.1, 1.2], [np.nan, 1.3, np.nan]]
+    )
     # A CellCoadd holds the PSF of the cells that it reaches: here all of them.
     np.testing.assert_allclose(back.psf_stamps, warp.psf_stamps, rtol=1e-12)
     sky, expected = (w.sky_projection.pixel_to_sky(x=15700.0, y=14250.0) for w in (back, warp))
@@ -131,6 +136,43 @@ def test_cell_coadd_provenance(warp: Warp) -> None:
         True,
         False,
     ]
+
+
+def test_detectors_share_the_cells_of_a_visit(warp: Warp, tmp_path: Any) -> None:
+    # Detector 5 covers columns 10 to 49 of the patch, detector 2 the others; detector 9 lies elsewhere.
+    y, x = warp.bbox.y, warp.bbox.x
+    boxes = {
+        5: Box.factory[y.start : y.stop, x.start : x.start + 40],
+        2: Box.factory[y.start : y.stop, x.start + 40 : x.stop],
+        9: Box.factory[y.stop + 5 : y.stop + 9, x.start : x.stop],
+    }
+    outlines = {detector: Polygon.from_box(box) for detector, box in boxes.items()}
+    warp = changed(warp, detectors=outlines)
+    warp.to_cell_coadd().write(str(tmp_path / "warp.fits"))
+    coadd = CellCoadd.read(str(tmp_path / "warp.fits"))
+    assert Warp.from_cell_coadd(coadd).detectors == outlines
+    assert {int(row["detector"]): row["polygon"] for row in coadd.provenance.inputs} == outlines
+    rows = {(r["cell_i"], r["cell_j"], r["detector"]): r for r in coadd.provenance.contributions}
+    # Cells are 40x36 pixels: columns 36 to 71 are shared, 14 and 22 columns.
+    assert set(rows) == {(0, 0, 5), (0, 1, 5), (0, 1, 2), (0, 2, 2), (1, 0, 5), (1, 1, 5), (1, 1, 2)}
+    for name in ("overlap_fraction", "unmasked_fraction"):
+        assert rows[1, 1, 5][name] == pytest.approx(35 * 14 / 1440)
+        assert rows[1, 1, 2][name] == pytest.approx(35 * 22 / 1440)
+        assert rows[0, 2, 2][name] == pytest.approx(15 * 8 / 1440)
+    assert [bool(rows[1, 1, detector]["overlaps_center"]) for detector in (5, 2)] == [False, True]
+
+
+def test_no_cell_is_lost_between_the_outlines_of_detectors(warp: Warp) -> None:
+    far = Polygon.from_box(Box.from_shape((3, 3)))
+    lower = Polygon.from_box(
+        Box.factory[warp.bbox.y.start : warp.bbox.y.start + 10, warp.bbox.x.start : warp.bbox.x.stop]
+    )
+    rows = changed(warp, detectors={4: far, 8: lower}).to_cell_coadd().provenance.contributions
+    # The lower one covers the first row of cells in part, and the second one not at all.
+    detectors = {(row["cell_i"], row["cell_j"]): row["detector"] for row in rows}
+    assert detectors == {(0, 0): 8, (0, 1): 8, (0, 2): 8, (1, 0): 4, (1, 1): 4}
+    fractions = {(row["cell_i"], row["cell_j"]): row["overlap_fraction"] for row in rows}
+    assert fractions[1, 1] == pytest.approx(35 * 36 / 1440)
 
 
 def test_psf_shapes_are_adaptive_moments(warp: Warp, scene: Scene) -> None:
@@ -166,6 +208,10 @@ def psf_with(warp: Warp, shape: tuple[int, int] = (5, 5), **pixels: float) -> An
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        (
+            lambda w: {"aperture_corrections": {"f": np.ones((3, 2))}},
+            "the aperture correction f has the shape (3, 2)",
+        ),
         (lambda w: {"image": w.image[1:]}, "the image has the shape (49, 70)"),
         (lambda w: {"variance": w.variance.T}, "the variance has the shape (70, 50)"),
         (lambda w: {"noise": (w.image, w.image[:, 1:])}, "the noise image 1 has the shape"),

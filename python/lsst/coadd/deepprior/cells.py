@@ -7,14 +7,14 @@
 
 from __future__ import annotations
 
-__all__ = ("cover_with_cells", "fill_cells", "make_cell_psf")
+__all__ = ("cover_with_cells", "fill_cells", "make_cell_field", "make_cell_psf", "spread_cell_field")
 
 import math
 
 import numpy as np
 
 from lsst.images import YX, Box
-from lsst.images.cells import CellGrid, CellGridBounds, CellIJ, CellPointSpreadFunction
+from lsst.images.cells import CellField, CellGrid, CellGridBounds, CellIJ, CellPointSpreadFunction
 
 
 def cover_with_cells(bbox: Box, cell_shape: YX[int]) -> CellGrid:
@@ -77,3 +77,45 @@ def make_cell_psf(stamps: np.ndarray, grid: CellGrid) -> CellPointSpreadFunction
         grid=grid, bbox=grid.bbox, missing=frozenset(CellIJ(i=i, j=j) for i, j in missing)
     )
     return CellPointSpreadFunction(stamps, bounds=bounds)
+
+
+def make_cell_field(values: np.ndarray, bounds: CellGridBounds) -> CellField:
+    """Make the field of a number that each cell of a patch has.
+
+    Parameters
+    ----------
+    values : `numpy.ndarray`, (cell_i, cell_j)
+        Values in all cells of the patch; those that are NaN are missing.
+    bounds : `lsst.images.cells.CellGridBounds`
+        Cells that the field is to reach.
+
+    Returns
+    -------
+    field : `lsst.images.cells.CellField`
+        The field.
+    """
+    start, stop = bounds.subgrid_start, bounds.subgrid_stop
+    values = np.array(values[start.i : stop.i, start.j : stop.j], dtype=np.float64)
+    for cell in bounds.missing:
+        values[cell.i - start.i, cell.j - start.j] = np.nan
+    unknown = {CellIJ(i=i + start.i, j=j + start.j) for i, j in np.argwhere(np.isnan(values)).tolist()}
+    return CellField(bounds.model_copy(update={"missing": bounds.missing | unknown}), values)
+
+
+def spread_cell_field(field: CellField) -> np.ndarray:
+    """Return the values of a field in all cells of its patch.
+
+    Parameters
+    ----------
+    field : `lsst.images.cells.CellField`
+        The field.
+
+    Returns
+    -------
+    values : `numpy.ndarray`, (cell_i, cell_j)
+        Its values, NaN in cells that it does not have.
+    """
+    values = np.full(field.bounds.grid.grid_size.as_tuple(), np.nan)
+    for cell in field.bounds.cell_indices():
+        values[cell.i, cell.j] = field.value_in_cell(cell)
+    return values

@@ -18,8 +18,10 @@ import numpy as np
 from lsst.images import Image, Mask, MaskPlane, MaskSchema, SkyProjection, TractFrame
 from lsst.images.cells import CellCoadd, PatchDefinition
 
-from .cells import fill_cells, make_cell_psf
-from .warps import Warp, WarpInfo, make_provenance
+from .aperture_corrections import average_corrections, restored_corrections
+from .cells import fill_cells, make_cell_field, make_cell_psf
+from .provenance import make_provenance
+from .warps import Warp, WarpInfo
 
 if TYPE_CHECKING:
     from .restore import Restoration
@@ -183,9 +185,11 @@ def make_coadds(
         psf: np.ndarray,
         no_data: np.ndarray,
         contributes: np.ndarray,
+        corrections: Mapping[str, np.ndarray],
         noise: Sequence[np.ndarray] = (),
     ) -> CellCoadd:
         has_psf = np.isfinite(psf).all(axis=(2, 3))
+        cell_psf = make_cell_psf(psf, grid)
         missing = fill_cells(~has_psf, grid)
         mask = Mask(schema=MASK_SCHEMA, bbox=grid.bbox)
         for name, pixels in planes.items():
@@ -199,7 +203,10 @@ def make_coadds(
             mask_fractions={"rejected": _image(input_planes.rejected_fraction, patch)},
             sky_projection=sky_projection,
             band=band,
-            psf=make_cell_psf(psf, grid),
+            psf=cell_psf,
+            aperture_corrections={
+                name: make_cell_field(factors, cell_psf.bounds) for name, factors in corrections.items()
+            },
             patch=patch,
             provenance=make_provenance(
                 warps,
@@ -213,6 +220,9 @@ def make_coadds(
         coadd.metadata.update(metadata or {})
         return coadd
 
+    corrections = [warp.aperture_corrections for warp in warps]
+    enters = restoration.cell_weight > 0.0
+    seen_weight = np.where(enters.any(axis=0), restoration.cell_weight, restoration.cell_good_fraction)
     any_seen = seen.reshape(n_cells[0], grid.cell_shape.y, n_cells[1], grid.cell_shape.x).any(axis=(1, 3))
     target_psf = np.where(any_seen[:, :, np.newaxis, np.newaxis], restoration.target_psf, np.nan)
     coadd = assemble(
@@ -221,6 +231,7 @@ def make_coadds(
         target_psf,
         ~seen,
         restoration.cell_good_fraction > 0.0,
+        restored_corrections(corrections, seen_weight),
         restoration.noise_realizations,
     )
     residual = assemble(
@@ -228,7 +239,8 @@ def make_coadds(
         restoration.residual_variance,
         restoration.residual_psf,
         ~np.isfinite(restoration.residual),
-        restoration.cell_weight > 0.0,
+        enters,
+        average_corrections(corrections, restoration.cell_weight),
     )
     return coadd, residual
 

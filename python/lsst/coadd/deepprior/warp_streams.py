@@ -9,7 +9,7 @@ from __future__ import annotations
 
 __all__ = ("WarpHandles", "WarpObservations", "cell_layout")
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, overload
 
 from lsst.daf.butler import DeferredDatasetHandle
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .operators import CellLayout
 
 
+def _read_cell_coadd(handle: DeferredDatasetHandle | InMemoryDatasetHandle) -> Warp:
+    return Warp.from_cell_coadd(handle.get())
+
+
 class WarpHandles(Sequence[Warp]):
     """Warps that are read each time they are asked for, so that one is in memory at a time.
 
@@ -31,9 +35,16 @@ class WarpHandles(Sequence[Warp]):
     handles : `~collections.abc.Iterable`
         Deferred handles of the warps. They are put in the order of instrument and visit, so that the result
         does not depend on the order in which they come.
+    read : `~collections.abc.Callable`, optional
+        Function that reads the warp of a handle; without it, handles are those of one-visit cell coadds.
     """
 
-    def __init__(self, handles: Iterable[DeferredDatasetHandle | InMemoryDatasetHandle]) -> None:
+    def __init__(
+        self,
+        handles: Iterable[DeferredDatasetHandle | InMemoryDatasetHandle],
+        read: Callable[[DeferredDatasetHandle | InMemoryDatasetHandle], Warp] = _read_cell_coadd,
+    ) -> None:
+        self._read = read
         self._handles = sorted(
             handles, key=lambda handle: (handle.dataId["instrument"], handle.dataId["visit"])
         )
@@ -56,10 +67,10 @@ class WarpHandles(Sequence[Warp]):
             Raised if the warp cannot be read or is not valid; the message names its data ID.
         """
         if isinstance(index, slice):
-            return WarpHandles(self._handles[index])
+            return WarpHandles(self._handles[index], self._read)
         handle = self._handles[index]
         try:
-            return Warp.from_cell_coadd(handle.get())
+            return self._read(handle)
         except Exception as err:
             raise RuntimeError(f"The warp {handle.dataId} cannot be used: {err}") from err
 

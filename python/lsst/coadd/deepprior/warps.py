@@ -7,28 +7,22 @@
 
 from __future__ import annotations
 
-__all__ = ("InvalidWarpError", "Warp", "WarpInfo", "make_provenance")
+__all__ = ("InvalidWarpError", "Warp", "WarpInfo")
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 import astropy.units as u
 import galsim
 import numpy as np
 
 from lsst.images import Box, Image, Mask, Polygon, SkyProjection, TractFrame
-from lsst.images.cells import (
-    CellCoadd,
-    CellGrid,
-    CellIJ,
-    CellPointSpreadFunction,
-    CoaddProvenance,
-    PatchDefinition,
-)
+from lsst.images.cells import CellCoadd, CellGrid, CellPointSpreadFunction, PatchDefinition
 
-from .cells import fill_cells, make_cell_psf
+from .cells import fill_cells, make_cell_field, make_cell_psf, spread_cell_field
 from .observation import Observation
+from .provenance import make_provenance
 
 
 class InvalidWarpError(ValueError):
@@ -43,23 +37,28 @@ class WarpInfo:
     ----------
     instrument, physical_filter, band : `str`
         Names of the instrument, the filter and the band.
-    visit, detector, day_obs : `int`
-        Visit ID, detector ID (0 where a warp combines several), and night of the observation as YYYYMMDD.
+    visit, day_obs : `int`
+        Visit ID, and night of the observation as YYYYMMDD.
     bbox : `lsst.images.Box`
         Box of the warp in tract pixels.
     psf_shapes : `numpy.ndarray`, (cell_i, cell_j, 3)
         Adaptive second moments xx, yy, xy of the PSF in each cell of the patch, in pixel^2; NaN in cells
         without PSF and where the measurement failed.
+    detectors : `~collections.abc.Mapping` [`int`, `lsst.images.Polygon`]
+        Outline of each detector of the visit in tract pixels, at least one.
+    aperture_corrections : `~collections.abc.Mapping` [`str`, `numpy.ndarray`]
+        Factor (cell_i, cell_j) of each flux of the visit, by its name; NaN where it is not known.
     """
 
     instrument: str
     visit: int
-    detector: int
     physical_filter: str
     band: str
     day_obs: int
     bbox: Box
     psf_shapes: np.ndarray
+    detectors: Mapping[int, Polygon]
+    aperture_corrections: Mapping[str, np.ndarray]
 
     @property
     def label(self) -> str:
@@ -93,8 +92,12 @@ class Warp:
         Identifiers and cell grid of the patch.
     noise : `tuple` [`numpy.ndarray`], optional
         Images (y, x) of noise alone, in nJy, that were warped like the data.
-    detector : `int`, optional
-        Detector ID, 0 where the warp combines several.
+    detectors : `~collections.abc.Mapping` [`int`, `lsst.images.Polygon`], optional
+        Outline of each detector in tract pixels, by its ID. Without any, the visit counts as one detector,
+        with the ID 0 and the outline of ``bbox``.
+    aperture_corrections : `~collections.abc.Mapping` [`str`, `numpy.ndarray`], optional
+        Factors (cell_i, cell_j) that fluxes are to be multiplied with, by the name of the flux, NaN where
+        they are not known.
 
     Raises
     ------
@@ -115,7 +118,8 @@ class Warp:
     sky_projection: SkyProjection[TractFrame]
     patch: PatchDefinition
     noise: tuple[np.ndarray, ...] = ()
-    detector: int = 0
+    detectors: Mapping[int, Polygon] = dataclasses.field(default_factory=dict)
+    aperture_corrections: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         grid = self.patch.cells
@@ -138,6 +142,12 @@ class Warp:
             raise self._invalid(f"its box {self.bbox} leaves that of patch {self.patch.id}, {grid.bbox}")
         if self.psf.grid != grid:
             raise self._invalid(f"its PSF has another cell grid than patch {self.patch.id}")
+        for name, factors in self.aperture_corrections.items():
+            if factors.shape != grid.grid_size.as_tuple():
+                raise self._invalid(
+                    f"the aperture correction {name} has the shape {factors.shape}, its patch "
+                    f"{grid.grid_size.as_tuple()} cells"
+                )
         self.psf_stamps  # noqa: B018  (reading the stamps checks them)
 
     def _invalid(self, reason: str) -> InvalidWarpError:
@@ -192,12 +202,13 @@ class Warp:
         return WarpInfo(
             instrument=self.instrument,
             visit=self.visit,
-            detector=self.detector,
             physical_filter=self.physical_filter,
             band=self.band,
             day_obs=self.day_obs,
             bbox=self.bbox,
             psf_shapes=_psf_shapes(self.psf_stamps),
+            detectors=self.detectors or {0: Polygon.from_box(self.bbox)},
+            aperture_corrections=self.aperture_corrections,
         )
 
     def flagged(self, planes: Iterable[str]) -> np.ndarray:
@@ -298,7 +309,6 @@ class Warp:
         return cls(
             instrument=str(first["instrument"]),
             visit=int(first["visit"]),
-            detector=int(first["detector"]),
             physical_filter=str(first["physical_filter"]),
             band=coadd.band,
             day_obs=int(first["day_obs"]),
@@ -310,6 +320,10 @@ class Warp:
             sky_projection=coadd.sky_projection,
             patch=patch,
             noise=tuple(noise.array for noise in coadd.noise_realizations),
+            detectors={int(row["detector"]): row["polygon"] for row in inputs},
+            aperture_corrections={
+                name: spread_cell_field(field) for name, field in coadd.aperture_corrections.items()
+            },
         )
 
     def to_cell_coadd(self) -> CellCoadd:
@@ -324,13 +338,18 @@ class Warp:
         overlap = _cell_fraction(np.ones_like(self.image, dtype=bool), self.bbox, self.patch.cells)
         unmasked = _cell_fraction(~self.unusable(()), self.bbox, self.patch.cells)
         contributes = self.has_psf & (overlap > 0.0)
+        psf = make_cell_psf(self.psf_stamps, self.patch.cells)[self.bbox]
         return CellCoadd(
             Image(self.image, bbox=self.bbox, unit=u.nJy, sky_projection=self.sky_projection),
             mask=self.mask,
             variance=Image(self.variance, bbox=self.bbox, unit=u.nJy**2),
             noise_realizations=[Image(noise, bbox=self.bbox, unit=u.nJy) for noise in self.noise],
             band=self.band,
-            psf=make_cell_psf(self.psf_stamps, self.patch.cells)[self.bbox],
+            psf=psf,
+            aperture_corrections={
+                name: make_cell_field(factors, psf.bounds)
+                for name, factors in self.aperture_corrections.items()
+            },
             patch=self.patch,
             provenance=make_provenance(
                 [self.info],
@@ -341,66 +360,6 @@ class Warp:
                 unmasked_fraction=unmasked[np.newaxis],
             ),
         )
-
-
-def make_provenance(
-    warps: Sequence[WarpInfo],
-    patch: PatchDefinition,
-    *,
-    contributes: np.ndarray,
-    weight: np.ndarray,
-    overlap_fraction: np.ndarray,
-    unmasked_fraction: np.ndarray,
-) -> CoaddProvenance:
-    """Make the tables of which visit went into which cell.
-
-    Parameters
-    ----------
-    warps : `~collections.abc.Sequence` [`WarpInfo`]
-        The visits; those that contribute to some cell have an input row each.
-    patch : `lsst.images.PatchDefinition`
-        Definition of the patch.
-    contributes : `numpy.ndarray`, (visit, cell_i, cell_j), bool
-        Whether the visit contributes to the cell; if so, there is a contribution row.
-    weight : `numpy.ndarray`, (visit, cell_i, cell_j)
-        Weight of the visit in the cell.
-    overlap_fraction : `numpy.ndarray`, (visit, cell_i, cell_j)
-        Fraction of the cell's pixels that the visit's box covers.
-    unmasked_fraction : `numpy.ndarray`, (visit, cell_i, cell_j)
-        Fraction of the cell's pixels in which the visit was used.
-
-    Returns
-    -------
-    provenance : `lsst.images.cells.CoaddProvenance`
-        The tables.
-    """
-    entries = np.nonzero(contributes)
-    used = [warps[t] for t in np.unique(entries[0]).tolist()] or list(warps)
-    inputs = CoaddProvenance.make_empty_input_table(len(used))
-    for name in ("instrument", "visit", "detector", "physical_filter", "day_obs"):
-        inputs[name][:] = [getattr(warp, name) for warp in used]
-    for row, warp in zip(inputs, used, strict=True):
-        row["polygon"] = Polygon.from_box(warp.bbox)
-
-    contributing = [warps[t] for t in entries[0].tolist()]
-    cells = [CellIJ(i=i, j=j) for i, j in zip(entries[1].tolist(), entries[2].tolist(), strict=True)]
-    rows = CoaddProvenance.make_empty_contribution_table(len(cells))
-    rows["cell_i"][:], rows["cell_j"][:] = entries[1:]
-    for name in ("instrument", "visit", "detector"):
-        rows[name][:] = [getattr(warp, name) for warp in contributing]
-    boxes = [patch.cells.bbox_of(cell) for cell in cells]
-    rows["overlaps_center"][:] = [
-        warp.bbox.contains(y=box.y.start + box.y.size // 2, x=box.x.start + box.x.size // 2)
-        for warp, box in zip(contributing, boxes, strict=True)
-    ]
-    rows["overlap_fraction"][:] = overlap_fraction[entries]
-    rows["unmasked_fraction"][:] = unmasked_fraction[entries]
-    rows["weight"][:] = weight[entries]
-    shapes = [warp.psf_shapes[cell.i, cell.j] for warp, cell in zip(contributing, cells, strict=True)]
-    xx, yy, xy = np.array(shapes).reshape(-1, 3).T
-    rows["psf_shape_xx"][:], rows["psf_shape_yy"][:], rows["psf_shape_xy"][:] = xx, yy, xy
-    rows["psf_shape_flag"][:] = ~np.isfinite(xx + yy + xy)
-    return CoaddProvenance(inputs=inputs, contributions=rows)
 
 
 def _cell_fraction(chosen: np.ndarray, bbox: Box, grid: CellGrid) -> np.ndarray:

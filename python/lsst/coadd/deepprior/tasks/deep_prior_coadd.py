@@ -25,19 +25,19 @@ from lsst.pipe.base import (
     OutputQuantizedConnection,
     PipelineTask,
     PipelineTaskConfig,
-    PipelineTaskConnections,
     QuantumContext,
     Struct,
 )
-from lsst.pipe.base.connectionTypes import Input, Output, PrerequisiteInput
+from lsst.pipe.base.connectionTypes import Output, PrerequisiteInput
 
 from ..coadd import InputPlanes, make_coadds
 from ..fit_checkpoint import FitCheckpoint, checkpoint_file, inputs_digest
 from ..network_dataset import NETWORK_DATASET_TYPE, NETWORK_STORAGE_CLASS, network_from_dataset
 from ..progress import ProgressLines
 from ..psf import FWHM_PER_SIGMA
-from ..warp_streams import WarpHandles, WarpObservations, cell_layout
+from ..warp_streams import WarpObservations, cell_layout
 from ..warps import Warp, WarpInfo
+from .direct_warp_inputs import DirectWarpConfig, DirectWarpConnections, read_warps
 from .geometry import pixel_scale
 
 if TYPE_CHECKING:
@@ -45,17 +45,9 @@ if TYPE_CHECKING:
     from ..weights import TrainedNetwork
 
 
-class DeepPriorCoaddConnections(PipelineTaskConnections, dimensions=("tract", "patch", "band", "skymap")):
+class DeepPriorCoaddConnections(DirectWarpConnections, dimensions=("tract", "patch", "band", "skymap")):
     """Inputs and outputs of `DeepPriorCoaddTask`."""
 
-    warps = Input(
-        doc="Visits of the patch, resampled to the pixels of the tract, each with its PSF in every cell.",
-        name="deep_prior_warp",
-        storageClass="CellCoadd",
-        dimensions=("tract", "patch", "skymap", "visit", "instrument"),
-        multiple=True,
-        deferLoad=True,
-    )
     network = PrerequisiteInput(
         doc="Trained network, where the configuration asks for one. Like other packages of weights it has no "
         "dimensions: it works in pixels and in units of the noise, and knows neither the instrument nor the "
@@ -84,11 +76,14 @@ class DeepPriorCoaddConnections(PipelineTaskConnections, dimensions=("tract", "p
     )
 
     def __init__(self, *, config: DeepPriorCoaddConfig) -> None:
+        super().__init__(config=config)
         if not config.network_from_butler:
             del self.network
 
 
-class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoaddConnections):
+class DeepPriorCoaddConfig(
+    DirectWarpConfig, PipelineTaskConfig, pipelineConnections=DeepPriorCoaddConnections
+):
     """Configuration of `DeepPriorCoaddTask`."""
 
     init = ChoiceField[str](
@@ -129,6 +124,7 @@ class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoad
         "they repeat what their neighbours say.",
         default=[
             "BAD",
+            "CLIPPED",
             "COSMIC_RAY",
             "CR",
             "EDGE",
@@ -279,7 +275,7 @@ class DeepPriorCoaddTask(PipelineTask):
             parts = [data_id[name] for name in ("skymap", "tract", "patch", "band")]
             checkpoint = checkpoint_file(self.config.checkpoint_dir, parts)
         outputs = self.run(
-            warps=WarpHandles(butlerQC.get(inputRefs.warps)),
+            warps=read_warps(butlerQC, inputRefs, self.config, self.log),
             network=network,
             n_threads=butlerQC.resources.num_cores,
             checkpoint=checkpoint,

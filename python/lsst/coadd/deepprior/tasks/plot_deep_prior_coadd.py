@@ -28,10 +28,12 @@ from lsst.pipe.base import (
 )
 from lsst.pipe.base.connectionTypes import Input, Output
 
+from ..direct_warps import PatchGeometry, warp_from_exposure
 from ..joint_fit import Coadd
 from ..psf import fwhm
 from ..warp_streams import WarpHandles
 from ..warps import Warp
+from .direct_warp_inputs import WarpFormConfig
 from .geometry import plain_coadd, psf_stamps
 
 _AB_ZERO_POINT = 31.4
@@ -73,6 +75,14 @@ class PlotDeepPriorCoaddConnections(PipelineTaskConnections, dimensions=("tract"
         multiple=True,
         deferLoad=True,
     )
+    direct_warps = Input(
+        doc="The same with warp_form = 'exposure'.",
+        name="direct_warp",
+        storageClass="ExposureF",
+        dimensions=("tract", "patch", "skymap", "visit", "instrument"),
+        multiple=True,
+        deferLoad=True,
+    )
     plot = Output(
         doc="Figure of plain coadd, best exposure, restored image, residual, PSFs and fit.",
         name="deep_prior_coadd_plot",
@@ -80,8 +90,16 @@ class PlotDeepPriorCoaddConnections(PipelineTaskConnections, dimensions=("tract"
         dimensions=("tract", "patch", "band", "skymap"),
     )
 
+    def __init__(self, *, config: PlotDeepPriorCoaddConfig) -> None:
+        if config.warp_form == "exposure":
+            del self.warps
+        else:
+            del self.direct_warps
 
-class PlotDeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=PlotDeepPriorCoaddConnections):
+
+class PlotDeepPriorCoaddConfig(
+    WarpFormConfig, PipelineTaskConfig, pipelineConnections=PlotDeepPriorCoaddConnections
+):
     """Configuration of `PlotDeepPriorCoaddTask`."""
 
 
@@ -101,12 +119,18 @@ class PlotDeepPriorCoaddTask(PipelineTask):
         """Read the warp with the best seeing and everything else, run, write."""
         inputs = butlerQC.get(inputRefs)
         best = best_visit(inputs["metrics"])
-        handles = inputs.pop("warps")
-        (warp,) = WarpHandles(
+        coadd = inputs["coadd"]
+        geometry = PatchGeometry(patch=coadd.patch, sky_projection=coadd.sky_projection)
+        exposures = self.config.warp_form == "exposure"
+        chosen = [
             handle
-            for handle in handles
+            for handle in inputs.pop("direct_warps" if exposures else "warps")
             if (handle.dataId["instrument"], handle.dataId["visit"]) == (best["instrument"], best["visit"])
-        )
+        ]
+        if exposures:
+            (warp,) = WarpHandles(chosen, lambda one: warp_from_exposure(one.get(), one.dataId, geometry))
+        else:
+            (warp,) = WarpHandles(chosen)
         butlerQC.put(self.run(best_warp=warp, **inputs), outputRefs)
 
     def run(
