@@ -87,7 +87,7 @@ class Job:
         """File of the numbers (`pathlib.Path` or `None`)."""
         if self.output is None:
             return None
-        key = digest([self.output.stem, code_of(("score",))])
+        key = digest([self.output.stem, _score_version()])
         return CACHE / "rows" / f"{self.family}-{self.seed}-{self.method}-{key}.json"
 
     @property
@@ -114,6 +114,12 @@ def method_version(name: str) -> str:
     method = METHODS[name]
     weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in method.files if path.is_file()]
     return digest([code_of(method.modules, alone=("methods",)), weights])
+
+
+@functools.cache
+def _score_version() -> str:
+    """Return a digest of the code that makes numbers of images."""
+    return code_of(("score",))
 
 
 def missing_modules(name: str) -> bool:
