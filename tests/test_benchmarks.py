@@ -333,9 +333,8 @@ class FakeResults:
         self._rows = rows
 
     def rows(self, family: str, seeds: Any, method: str, setting: str) -> list[dict[str, Any]]:
-        return (
-            [self._rows[method]] * len(list(seeds)) if family == "standard" and method in self._rows else []
-        )
+        known = family == "standard" and method in self._rows
+        return [self._rows[method] | {"seed": seed} for seed in seeds] if known else []
 
     def tuned(self, method: str) -> str | None:
         return methods.METHODS[method].grid[0]
@@ -381,8 +380,16 @@ def test_pretrained_start_is_compared_with_scratch() -> None:
     }
     lines = reach.make(FakeResults(rows), (1, 2)).splitlines()
     (psnr,) = (line for line in lines if line.startswith("| PSNR (dB) | 0.20"))
-    assert psnr.endswith("| -0.30 | missed by 0.10 |")
-    assert "| time | 0.1 | 0.050 | met |" in lines
+    assert "| -0.30 | missed by 0.10 |" in psnr
+    assert "| time | 0.1 | 0.050 | met | |" in lines
+
+
+def test_starts_are_compared_scene_by_scene() -> None:
+    first = [row(psnr=value) | {"seed": seed} for seed, value in ((1, 30.0), (2, 33.0), (3, 36.0))]
+    second = [row(psnr=value) | {"seed": seed} for seed, value in ((3, 36.2), (2, 33.1), (1, 30.6))]
+    assert reach._by_scene(first, second, "psnr") == "median 0.20, mean 0.30 ± 0.15 (n = 3)"
+    assert reach._by_scene(first, second[:1], "psnr") == ""
+    assert reach._by_scene(first, second, "star_flux") == ""
 
 
 def test_command_refuses_what_it_does_not_know() -> None:
