@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .batches import Batches
 from .fit import N_TURNS, SplitLoss, WeightAverage, load_weights_state, make_trunk, one_cycle, weights_state
 from .groups import deal_splits
 from .network import Trunk
@@ -35,6 +36,7 @@ def fit_scratch(
     settings: RestoreSettings,
     progress: Callable[[str, int, int, float], None] | None = None,
     checkpoint: FitCheckpoint | None = None,
+    batches: Batches | None = None,
 ) -> tuple[Trunk, list[tuple[int, float]]]:
     """Fit a network with a random start to the splits of a patch.
 
@@ -48,6 +50,8 @@ def fit_scratch(
         Called with the phase, the step, the number of steps and the loss.
     checkpoint : `~lsst.coadd.deepprior.fit_checkpoint.FitCheckpoint`, optional
         Where the state of the fit is kept, and goes on from if there is one.
+    batches : `~lsst.coadd.deepprior.batches.Batches`, optional
+        How many splits are prepared and linearised at once.
 
     Returns
     -------
@@ -65,7 +69,7 @@ def fit_scratch(
     """
     generator = torch.Generator().manual_seed(settings.seed)
     encoder, loss = deal_splits(data.n_groups, settings.n_splits, generator)
-    split_loss = SplitLoss(data, encoder, loss, settings.base_steps)
+    split_loss = SplitLoss(data, encoder, loss, settings.base_steps, batches)
     net = make_trunk(settings.seed, data.device, data.dtype)
     average = WeightAverage(net, _AVERAGING)
     optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
