@@ -160,7 +160,7 @@ def fit(rows: list[dict], memory_rows: list[dict]) -> dict[str, float]:
         inner = values("side", rows) ** 2
         return (values("side", rows) + 2 * CANVAS_MARGIN) ** 2, inner, inner * values("visits", rows)
 
-    canvas, inner, _ = sizes(rows)
+    canvas, _, _ = sizes(rows)
     per_pixel, per_visit = positive([canvas, canvas * values("visits")], values("seconds"))
     model = canvas * (per_pixel + per_visit * values("visits"))
     # From 5 visits on memory depends on their number by the cache alone.
@@ -184,8 +184,8 @@ def fit(rows: list[dict], memory_rows: list[dict]) -> dict[str, float]:
         "memory_bytes_per_pixel": memory[1],
         "memory_after_bytes": after[0],
         "memory_after_bytes_per_pixel": after[1],
-        "output_bytes_per_pixel": float(np.mean(values("output_bytes") / inner)),
-        "warp_bytes_per_pixel": float(np.mean(values("warp_bytes") / inner)),
+        "output_bytes_per_pixel": largest["output_bytes"] / largest["side"] ** 2,
+        "warp_bytes_per_pixel": largest["warp_bytes"] / largest["side"] ** 2,
     }
 
 

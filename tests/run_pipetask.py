@@ -26,7 +26,9 @@ def command_of(command: str, *arguments: str | Path) -> list[str]:
     return [str(Path(sys.executable).with_name("pipetask")), command, *map(str, arguments)]
 
 
-def pipetask(command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def pipetask(
+    command: str, *arguments: str | Path, timeout: float = 300.0
+) -> subprocess.CompletedProcess[str]:
     """Run a subcommand of pipetask; the result has all output in ``stdout``."""
     return subprocess.run(
         command_of(command, *arguments),
@@ -34,5 +36,5 @@ def pipetask(command: str, *arguments: str | Path) -> subprocess.CompletedProces
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=300,
+        timeout=timeout,
     )

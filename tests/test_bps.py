@@ -37,8 +37,11 @@ FOLDER = TESTS.parent / "config/bps"
 TEMPLATES = "resource://lsst.coadd.deepprior/resources/config/bps"
 PATCHES = range(4)
 BANDS = ("r", "i")
-STEPS = 80
+STEPS = 40
 CONFIG = ("init=scratch", f"steps={STEPS}", "base_steps=10", "n_splits=2", "n_variance_draws=1", "device=cpu")
+_PATIENCE = 1200.0
+"""Seconds after which a submission counts as stuck; it takes one or two minutes."""
+
 SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo")
 
 
@@ -63,6 +66,7 @@ def four_patches(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("run", "-b", folder / "repo", "-i", "deepprior/warps", "-o", "u/test/pipetask", "-p", PIPELINE),
         "--register-dataset-types",
         *(part for setting in CONFIG for part in ("-c", f"deepPriorCoadd:{setting}")),
+        timeout=_PATIENCE,
     )
     assert result.returncode == 0, result.stdout
     assert "Executed 24 quanta successfully, 0 failed" in result.stdout
@@ -140,7 +144,7 @@ def test_parsl_on_this_machine(four_patches: Path, tmp_path: Path) -> None:
     site = {"class": "bps_sites.LoopbackLocal", "cores": 2, "retries": 0}
     command = submission(repo, tmp_path, "parsl_local.yaml", site)
     result = subprocess.run(
-        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=500
+        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=_PATIENCE
     )
     assert result.returncode == 0, result.stderr.decode()
     assert_same(repo, "u/test/local", {(3, "r")})
@@ -208,13 +212,13 @@ def test_parsl_in_slurm(four_patches: Path, tmp_path: Path, slurm: str) -> None:
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=log, stderr=log)
         try:
-            end = time.monotonic() + 240.0
+            end = time.monotonic() + _PATIENCE
             while (quantum := quantum_with_checkpoint(checkpoints, repo)) is None:
                 assert process.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < end
                 time.sleep(0.02)
             os.kill(quantum, signal.SIGKILL)
-            assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()
+            assert process.wait(timeout=_PATIENCE) == 0, (tmp_path / "log").read_text()
         finally:
             process.kill()
     jobs = subprocess.run(
