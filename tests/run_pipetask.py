@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,9 @@ def command_of(command: str, *arguments: str | Path) -> list[str]:
 
 
 def pipetask(
-    command: str, *arguments: str | Path, timeout: float = 300.0
+    command: str, *arguments: str | Path, timeout: float = 300.0, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a subcommand of pipetask; the result has all output in ``stdout``."""
+    """Run a subcommand of pipetask, with variables in its environment; all output is in ``stdout``."""
     return subprocess.run(
         command_of(command, *arguments),
         stdout=subprocess.PIPE,
@@ -37,4 +38,5 @@ def pipetask(
         text=True,
         check=False,
         timeout=timeout,
+        env=os.environ | variables,
     )

@@ -66,8 +66,8 @@ def visible_gpus(notify: Callable[[str], None]) -> list[Gpu]:
 def choose_device(asked: str, gpus: Sequence[Gpu], number: int) -> str:
     """Choose where to compute.
 
-    Of several GPUs it is the one with the most free memory. Quanta that start together find the same, so
-    those that are used equally are told apart by a number.
+    Of several GPUs it is the least used, the one with the largest part of its memory free. Quanta that start
+    together find the same, so those that are used equally are told apart by a number.
 
     Parameters
     ----------
