@@ -211,8 +211,8 @@ class DeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=DeepPriorCoad
         doc="Where to compute.",
         default="auto",
         allowed={
-            "auto": "A GPU if torch finds one, otherwise the CPU. Of the GPUs that the batch system has given "
-            "to the job it is the one with the largest part of its memory free.",
+            "auto": "A GPU if torch finds one, otherwise the CPU. Of the GPUs that the batch system has "
+            "given to the job it is the one with the largest part of its memory free.",
             "cpu": "The CPU, with as many threads as the quantum was given cores.",
             "cuda": "A GPU, chosen in the same way; without one the task fails.",
         },
