@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """Measure what a quantum costs: the constants of ``deepprior estimate``.
 
 Patches of simulated visits are restored with the default configuration by the real pipeline, one quantum at a

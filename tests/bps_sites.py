@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """Parsl sites whose manager listens on the loopback interface, for the tests."""
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """The pipeline through BPS, on Parsl without and with a real Slurm, against pipetask."""
 
 from __future__ import annotations

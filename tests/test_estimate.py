@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """The estimates of time, memory and storage, against what was measured and what is known."""
 
 from __future__ import annotations

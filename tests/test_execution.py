@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """How a quantum shares a node: the choice of a GPU, batches that get smaller, and the CPU as the last resort.
 
 No GPU is needed: what torch says of GPUs, and memory that runs out, are simulated.

@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """How the fit to a patch is ended and goes on, on tiny patches, without a Butler."""
 
 from __future__ import annotations

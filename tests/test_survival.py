@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """What is left of a quantum that is killed or finds its inputs damaged, and that the rerun completes.
 
 All of it with the real pipetask on small repositories.

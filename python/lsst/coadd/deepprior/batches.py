@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """As many things at once as the memory of the device takes."""
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """Which device a quantum computes on, where others may be at work on the same machine."""
 
 from __future__ import annotations

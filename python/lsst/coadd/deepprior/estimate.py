@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """What restorations cost: time, memory and storage, from measured constants.
 
 The constants are in ``config/costs`` of the package, one file a device, as ``benchmarks/costs.py`` measures

@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """The state of the fit to a patch on disk, so that a job that is killed goes on where it was."""
 
 from __future__ import annotations

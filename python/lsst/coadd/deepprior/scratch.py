@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """The fit of a network to the visits of one patch, from a random start."""
 
 from __future__ import annotations
@@ -67,6 +66,7 @@ def fit_scratch(
     CheckpointError
         Raised if the state is that of another fit.
     """
+    stored = checkpoint.load() if checkpoint is not None else None
     generator = torch.Generator().manual_seed(settings.seed)
     encoder, loss = deal_splits(data.n_groups, settings.n_splits, generator)
     split_loss = SplitLoss(data, encoder, loss, settings.base_steps, batches)
@@ -96,7 +96,6 @@ def fit_scratch(
             **weights_state(net, average, optimizer),
         }
 
-    stored = checkpoint.load() if checkpoint is not None else None
     if stored is not None:
         first = int(stored["step"])
         # The statistics are those of the weights at which they were linearised.

@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """A restoration as a guest of a node that others use too."""
 
 from __future__ import annotations
