@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,13 +27,16 @@ def command_of(command: str, *arguments: str | Path) -> list[str]:
     return [str(Path(sys.executable).with_name("pipetask")), command, *map(str, arguments)]
 
 
-def pipetask(command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a subcommand of pipetask; the result has all output in ``stdout``."""
+def pipetask(
+    command: str, *arguments: str | Path, timeout: float = 300.0, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a subcommand of pipetask, with variables in its environment; all output is in ``stdout``."""
     return subprocess.run(
         command_of(command, *arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=300,
+        timeout=timeout,
+        env=os.environ | variables,
     )

@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """How the fit to a patch is ended and goes on, on tiny patches, without a Butler."""
 
 from __future__ import annotations
@@ -100,6 +99,7 @@ def test_killed_fit_goes_on_as_if_nothing_had_happened(
     """Killed before the first file, within and at the end of a linearisation, and after the last step."""
     path = tmp_path / "deeper" / "fit"
     restore_and_be_killed(path, visits, n_steps)
+    (path.parent / ".fit.abc123").write_bytes(b"killed while it wrote")
     caplog.clear()
     again = restore(visits, LAYOUT, SETTINGS, checkpoint=checkpoint_of(path, visits))
     kept = {2: 0, 4: 3, 7: 6, 11: 11}[n_steps]
@@ -107,6 +107,7 @@ def test_killed_fit_goes_on_as_if_nothing_had_happened(
     assert (f"The fit goes on after step {kept} from {path}" in caplog.text) == (kept > 0)
     np.testing.assert_array_equal(again.image, whole.image)
     np.testing.assert_array_equal(again.variance, whole.variance)
+    assert list(path.parent.iterdir()) == [path]
     assert again.curves["fit_step"] == whole.curves["fit_step"] == [0.0, 4.0, 8.0, 11.0]
     assert again.curves["held_out"] == whole.curves["held_out"]
 

@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """What is left of a quantum that is killed or finds its inputs damaged, and that the rerun completes.
 
 All of it with the real pipetask on small repositories.
@@ -188,6 +187,26 @@ def test_damaged_and_missing_warps(own_repo: Path) -> None:
     result = pipetask("run", *run, *AGAIN)
     assert result.returncode == 0, result.stdout
     assert stored(own_repo, "u/test/faults") == {(name, patch) for name in OUTPUTS for patch in (0, 1)}
+
+
+def test_absent_gpu(own_repo: Path) -> None:
+    """The slot has a GPU that is gone: who insists on one fails, and others are told and take the CPU."""
+    strict = arguments(own_repo, "u/test/strict", "steps=2", "device=cuda")
+    result = pipetask("run", *strict, CUDA_VISIBLE_DEVICES="99")
+    assert result.returncode == 1, result.stdout
+    assert "CUDA_VISIBLE_DEVICES is 99, but no GPU can be used here" in result.stdout
+    assert (
+        "asks for device 'cuda', but torch finds no GPU here; ask the batch system for one" in result.stdout
+    )
+    assert stored(own_repo, "u/test/strict") == set()
+
+    result = pipetask(
+        "run", *arguments(own_repo, "u/test/auto", "steps=2", "device=auto"), CUDA_VISIBLE_DEVICES="99"
+    )
+    assert result.returncode == 0, result.stdout
+    assert "CUDA_VISIBLE_DEVICES is 99, but no GPU can be used here" in result.stdout
+    assert "patch 0, r band: computing on cpu." in result.stdout
+    assert stored(own_repo, "u/test/auto") == {(name, 0) for name in OUTPUTS}
 
 
 def test_same_bits_whatever_runs_beside(own_repo: Path) -> None:

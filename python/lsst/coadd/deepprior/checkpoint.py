@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """States of a computation on disk, from which it can go on."""
 
 from __future__ import annotations

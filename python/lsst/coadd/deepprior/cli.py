@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
 from . import __version__
+from .estimate_command import estimate_command
 from .ingest import DEFAULT_RUN, DEFAULT_SKYMAP, IngestError, ingest_warp_files
 from .simulate import SceneConfig, write_scene
 from .train_command import ingest_network_command, train_command
@@ -69,6 +70,7 @@ def main() -> None:
     """
 
 
+main.add_command(estimate_command)
 main.add_command(train_command)
 main.add_command(ingest_network_command)
 

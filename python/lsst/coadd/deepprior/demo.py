@@ -143,7 +143,8 @@ def _print_places(console: Console, butler: Butler) -> None:
         for ref in sorted(
             butler.query_datasets(name), key=lambda ref: (ref.dataId["patch"], ref.dataId["band"])
         ):
-            console.print(f"    {butler.getURI(ref).ospath}", soft_wrap=True, highlight=False)
+            uri = butler.getURI(ref)
+            console.print(f"    {uri.ospath if uri.isLocal else uri}", soft_wrap=True, highlight=False)
 
 
 @click.command()

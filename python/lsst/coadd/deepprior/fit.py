@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional
 
 from .baselines import maximum_likelihood
+from .batches import Batches
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .operators import CellConvolution
 from .statistics import PatchData, VisitSets
@@ -100,14 +101,29 @@ class SplitLoss:
         Groups of visits on the two sides of every split.
     base_steps : `int`
         Steps of maximum likelihood behind the features.
+    batches : `~lsst.coadd.deepprior.batches.Batches`, optional
+        How many splits are prepared and linearised at once.
     """
 
-    def __init__(self, data: PatchData, encoder: torch.Tensor, loss: torch.Tensor, base_steps: int) -> None:
+    def __init__(
+        self,
+        data: PatchData,
+        encoder: torch.Tensor,
+        loss: torch.Tensor,
+        base_steps: int,
+        batches: Batches | None = None,
+    ) -> None:
         if bool((encoder & loss).any()):
             raise ValueError("The two sides of a split must not share a group of visits.")
         self._data = data
-        self._features: Features = encoder_features(
-            maximum_likelihood(data, data.sets(encoder), steps=base_steps)
+        self._batches = Batches() if batches is None else batches
+        self._features: Features = Features.joined(
+            self._batches.map(
+                lambda some: encoder_features(
+                    maximum_likelihood(data, data.sets(encoder[some]), steps=base_steps)
+                ),
+                len(encoder),
+            )
         )
         self._sets: VisitSets = data.sets(loss)
         self._gram: CellConvolution = self._sets.gram
@@ -131,10 +147,15 @@ class SplitLoss:
         objective : `float`
             Robust objective of a pixel on the visits that the encoder did not read, the mean of all splits.
         """
-        models = torch.stack([latent_image(net, self._features[split]) for split in range(len(self))])
-        statistics = self._data.linearise(self._sets, models)
-        self._coverage, self._seen = statistics.coverage, statistics.seen
-        return float(statistics.objective.mean())
+
+        def linearise(some: slice) -> tuple[torch.Tensor, ...]:
+            models = torch.stack([latent_image(net, self._features[k]) for k in range(some.start, some.stop)])
+            statistics = self._data.linearise(self._sets[some], models)
+            return statistics.coverage, statistics.seen, statistics.objective
+
+        parts = self._batches.map(linearise, len(self))
+        self._coverage, self._seen, objective = (torch.cat(images) for images in zip(*parts, strict=True))
+        return float(objective.mean())
 
     def backward(self, net: Trunk, split: int, turn: int) -> None:
         """Add the gradient of one split to the parameters of the network.

@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """The state of the fit to a patch on disk, so that a job that is killed goes on where it was."""
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 __all__ = ("FitCheckpoint", "checkpoint_file", "inputs_digest")
 
 import contextlib
+import glob
 import hashlib
 import logging
 import os
@@ -135,6 +135,8 @@ class FitCheckpoint:
         CheckpointError
             Raised if the state belongs to other inputs or settings.
         """
+        for left_over in self._path.parent.glob(f".{glob.escape(self._path.name)}.*"):
+            left_over.unlink(missing_ok=True)  # of a process that was killed while it wrote
         try:
             state = read_checkpoint(self._path, self._facts, owner="a fit", advice=_ADVICE)
         except DamagedCheckpointError as err:
@@ -212,6 +214,8 @@ class FitCheckpoint:
         """Wait for the numbers of signals until the pipe is closed."""
         while number := os.read(read_end, 1):
             if number[0] == signal.SIGTERM:
-                self._log.warning("SIGTERM: writing the checkpoint %s.", self._path)
-                self._write()
-                os._exit(_STATUS)
+                try:
+                    self._log.warning("SIGTERM: writing the checkpoint %s.", self._path)
+                    self._write()
+                finally:
+                    os._exit(_STATUS)

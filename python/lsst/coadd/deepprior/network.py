@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = ("FEATURES", "Features", "Trunk", "encoder_features", "latent_and_slope")
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional
@@ -63,6 +64,12 @@ class Features:
     def __getitem__(self, index: int | slice) -> Features:
         """Select sets; a single index keeps no set dimension."""
         return Features(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Features]) -> Features:
+        """Put the features of several batches of sets together."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 def encoder_features(solution: MaximumLikelihood) -> Features:

@@ -136,11 +136,11 @@ class CellConvolution:
         centred = torch.roll(padded, (-self.halo, -self.halo), dims=(-2, -1))
         self._transfer = torch.fft.rfft2(centred)
 
-    def __getitem__(self, index: int) -> CellConvolution:
-        """Select one of the operators of the leading dimension."""
+    def __getitem__(self, index: int | slice) -> CellConvolution:
+        """Select one or several of the operators of the leading dimension."""
         selected = copy.copy(self)
-        selected._batch = self._batch[1:]
         selected._transfer = self._transfer[index]
+        selected._batch = selected._transfer.shape[:-4]
         return selected
 
     def forward(self, model: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from .baselines import inner_smooth, maximum_likelihood
+from .batches import Batches
 from .conditions import patch_conditions
 from .data_steps import data_steps
 from .fit import mean_latent_image
@@ -178,6 +179,7 @@ def restore(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     checkpoint: FitCheckpoint | None = None,
+    batches: Batches | None = None,
 ) -> Restoration:
     """Restore a patch from its visits.
 
@@ -198,6 +200,8 @@ def restore(
         Called with the phase, the step, the number of steps and the loss.
     checkpoint : `~lsst.coadd.deepprior.fit_checkpoint.FitCheckpoint`, optional
         Where a fit keeps its state, and goes on from if there is one.
+    batches : `~lsst.coadd.deepprior.batches.Batches`, optional
+        How many splits of the visits a fit prepares and linearises at once.
 
     Returns
     -------
@@ -212,6 +216,8 @@ def restore(
         Raised if a visit does not fit the layout, or the target PSF cannot be made.
     FloatingPointError
         Raised if the fit diverged.
+    torch.OutOfMemoryError
+        Raised if the memory of a GPU does not suffice, not even for one split at a time.
 
     Notes
     -----
@@ -258,7 +264,7 @@ def restore(
     elif data.n_groups == 1:
         method = "maximum likelihood: one visit cannot be split"
     else:
-        net, curve = fit_scratch(data, settings, progress, checkpoint)
+        net, curve = fit_scratch(data, settings, progress, checkpoint, batches)
         method = "network fitted from scratch"
         curves["fit_step"] = [float(step) for step, _ in curve]
         curves["held_out"] = [value for _, value in curve]

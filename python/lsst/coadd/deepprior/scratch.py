@@ -3,7 +3,6 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-
 """The fit of a network to the visits of one patch, from a random start."""
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .batches import Batches
 from .fit import N_TURNS, SplitLoss, WeightAverage, load_weights_state, make_trunk, one_cycle, weights_state
 from .groups import deal_splits
 from .network import Trunk
@@ -35,6 +35,7 @@ def fit_scratch(
     settings: RestoreSettings,
     progress: Callable[[str, int, int, float], None] | None = None,
     checkpoint: FitCheckpoint | None = None,
+    batches: Batches | None = None,
 ) -> tuple[Trunk, list[tuple[int, float]]]:
     """Fit a network with a random start to the splits of a patch.
 
@@ -48,6 +49,8 @@ def fit_scratch(
         Called with the phase, the step, the number of steps and the loss.
     checkpoint : `~lsst.coadd.deepprior.fit_checkpoint.FitCheckpoint`, optional
         Where the state of the fit is kept, and goes on from if there is one.
+    batches : `~lsst.coadd.deepprior.batches.Batches`, optional
+        How many splits are prepared and linearised at once.
 
     Returns
     -------
@@ -63,9 +66,10 @@ def fit_scratch(
     CheckpointError
         Raised if the state is that of another fit.
     """
+    stored = checkpoint.load() if checkpoint is not None else None
     generator = torch.Generator().manual_seed(settings.seed)
     encoder, loss = deal_splits(data.n_groups, settings.n_splits, generator)
-    split_loss = SplitLoss(data, encoder, loss, settings.base_steps)
+    split_loss = SplitLoss(data, encoder, loss, settings.base_steps, batches)
     net = make_trunk(settings.seed, data.device, data.dtype)
     average = WeightAverage(net, _AVERAGING)
     optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
@@ -92,7 +96,6 @@ def fit_scratch(
             **weights_state(net, average, optimizer),
         }
 
-    stored = checkpoint.load() if checkpoint is not None else None
     if stored is not None:
         first = int(stored["step"])
         # The statistics are those of the weights at which they were linearised.

@@ -91,6 +91,10 @@ class VisitSets:
     def __len__(self) -> int:
         return len(self.members)
 
+    def __getitem__(self, some: slice) -> VisitSets:
+        """Select sets."""
+        return VisitSets(*(getattr(self, field.name)[some] for field in dataclasses.fields(self)))
+
 
 @dataclasses.dataclass(frozen=True)
 class SetStatistics:

@@ -31,13 +31,13 @@ from lsst.pipe.base import (
 from lsst.pipe.base.connectionTypes import Output, PrerequisiteInput
 
 from ..coadd import InputPlanes, make_coadds
-from ..fit_checkpoint import FitCheckpoint, checkpoint_file, inputs_digest
+from ..fit_checkpoint import checkpoint_file
 from ..network_dataset import NETWORK_DATASET_TYPE, NETWORK_STORAGE_CLASS, network_from_dataset
-from ..progress import ProgressLines
 from ..psf import FWHM_PER_SIGMA
 from ..warp_streams import WarpObservations, cell_layout
 from ..warps import Warp, WarpInfo
 from .direct_warp_inputs import DirectWarpConfig, DirectWarpConnections, read_warps
+from .execution import restore_on_node
 from .geometry import pixel_scale
 
 if TYPE_CHECKING:
@@ -207,10 +207,27 @@ class DeepPriorCoaddConfig(
         doc="Where to compute.",
         default="auto",
         allowed={
-            "auto": "A GPU if torch finds one, otherwise the CPU.",
+            "auto": "A GPU if torch finds one, otherwise the CPU. Of the GPUs that the batch system has "
+            "given to the job it is the one with the largest part of its memory free.",
             "cpu": "The CPU, with as many threads as the quantum was given cores.",
-            "cuda": "A GPU; without one the task fails.",
+            "cuda": "A GPU, chosen in the same way; without one the task fails.",
         },
+    )
+    gpu_memory_fraction = RangeField(
+        dtype=float,
+        doc="Part of the memory of a GPU that a quantum may take. Set it to 0.5 where two quanta share a "
+        "GPU, so that none takes what the other needs. A fit for which it does not suffice goes on with "
+        "fewer splits of the visits at a time.",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        inclusiveMin=False,
+        inclusiveMax=True,
+    )
+    cpu_fallback = Field[bool](
+        doc="Whether a quantum for which the memory of the GPU does not suffice in any way is restored on "
+        "the CPU, which takes much longer. Otherwise it fails.",
+        default=True,
     )
     checkpoint_dir = Field[str](
         doc="Directory in which the fit from scratch keeps its state, one file a patch and band, so that a "
@@ -322,7 +339,7 @@ class DeepPriorCoaddTask(PipelineTask):
         """
         import torch
 
-        from ..restore import RestoreSettings, restore
+        from ..restore import RestoreSettings
 
         started = time.monotonic()
         if self.config.init == "scratch":
@@ -368,26 +385,15 @@ class DeepPriorCoaddTask(PipelineTask):
         settings = RestoreSettings(
             target_fwhm=target_fwhm, **{name: getattr(self.config, name) for name in same}
         )
-        fit_checkpoint = None
-        if checkpoint is not None:
-            facts = {
-                "settings": dataclasses.asdict(settings),
-                "inputs": inputs_digest(observations),
-                "deepprior_version": __version__,
-            }
-            try:
-                fit_checkpoint = FitCheckpoint(checkpoint, self.config.checkpoint_every, facts, self.log)
-            except OSError as err:
-                raise RuntimeError(f"The directory of the checkpoint cannot be made: {err}") from err
-        device = self._device(torch.cuda.is_available())
-        restoration = restore(
+        restoration, device = restore_on_node(
+            self.config,
+            self.log,
+            label,
             observations,
             cell_layout(patch.cells),
             settings,
-            network=network,
-            device=device,
-            progress=ProgressLines(lambda line: self.log.info("%s, %s.", label, line)),
-            checkpoint=fit_checkpoint,
+            network,
+            checkpoint,
         )
         start = self._describe_start(network, restoration, label)
         metadata = {
@@ -425,12 +431,6 @@ class DeepPriorCoaddTask(PipelineTask):
         self.metadata["n_warps_left_out"] = len(left_out)
         self.log.info("%s: restored in %.0f s.", label, metrics["seconds"]["task"])
         return Struct(coadd=coadd, residual=residual, metrics=metrics)
-
-    def _device(self, has_gpu: bool) -> str:
-        """Name the device to compute on."""
-        if self.config.device == "cuda" and not has_gpu:
-            raise RuntimeError("The configuration asks for device 'cuda', but torch finds no GPU here.")
-        return "cuda" if has_gpu and self.config.device != "cpu" else "cpu"
 
     def _packaged_network(self) -> TrainedNetwork:
         """Read the network that comes with the package."""

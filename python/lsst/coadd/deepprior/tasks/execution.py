@@ -1,0 +1,121 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""A restoration as a guest of a node that others use too."""
+
+from __future__ import annotations
+
+__all__ = ("restore_on_node",)
+
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lsst.coadd.deepprior import __version__
+
+from ..devices import choose_device, visible_gpus
+from ..fit_checkpoint import FitCheckpoint, inputs_digest
+from ..observation import Observation
+from ..progress import ProgressLines
+
+if TYPE_CHECKING:
+    from ..operators import CellLayout
+    from ..restore import Restoration, RestoreSettings
+    from ..weights import TrainedNetwork
+    from .deep_prior_coadd import DeepPriorCoaddConfig
+
+
+def restore_on_node(
+    config: DeepPriorCoaddConfig,
+    log: logging.Logger | logging.LoggerAdapter,
+    label: str,
+    observations: Sequence[Observation],
+    layout: CellLayout,
+    settings: RestoreSettings,
+    network: TrainedNetwork | None,
+    checkpoint: Path | None,
+) -> tuple[Restoration, str]:
+    """Choose a device and restore a patch on it, or on the CPU if the memory of the device does not suffice.
+
+    Parameters
+    ----------
+    config : `~lsst.coadd.deepprior.tasks.deep_prior_coadd.DeepPriorCoaddConfig`
+        What may be used.
+    log : `logging.Logger` or `logging.LoggerAdapter`
+        Where to say what is used.
+    label : `str`
+        What messages call the patch.
+    observations, layout, settings, network
+        As in `~lsst.coadd.deepprior.restore.restore`.
+    checkpoint : `~pathlib.Path` or `None`
+        File that a fit keeps its state in.
+
+    Returns
+    -------
+    restoration : `~lsst.coadd.deepprior.restore.Restoration`
+        The restored patch.
+    device : `str`
+        Where it was restored.
+
+    Raises
+    ------
+    RuntimeError
+        Raised if a GPU is asked for and there is none, if its memory does not suffice and the CPU may not be
+        used, or if the checkpoint is of other inputs or settings, or its directory cannot be made.
+    """
+    import torch
+
+    from ..batches import Batches
+    from ..restore import restore
+
+    warn = partial(log.warning, "%s: %s.", label)
+    device = choose_device(config.device, visible_gpus(warn) if config.device != "cpu" else (), os.getpid())
+    log.info("%s: computing on %s.", label, device)
+    if device != "cpu":
+        torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction, device)
+    restore_on = partial(
+        restore,
+        observations,
+        layout,
+        settings,
+        network=network,
+        progress=ProgressLines(lambda line: log.info("%s, %s.", label, line)),
+        checkpoint=_open_checkpoint(config, log, observations, settings, checkpoint),
+        batches=Batches(warn),
+    )
+    try:
+        return restore_on(device=device), device
+    except torch.OutOfMemoryError as err:
+        if device == "cpu" or not config.cpu_fallback:
+            raise
+        warn(f"the memory of {device} does not suffice; going on on the CPU ({err})")
+    # Behind the handler, where nothing refers to what the failed restoration has allocated.
+    torch.cuda.empty_cache()
+    return restore_on(device="cpu"), "cpu"
+
+
+def _open_checkpoint(
+    config: DeepPriorCoaddConfig,
+    log: logging.Logger | logging.LoggerAdapter,
+    observations: Sequence[Observation],
+    settings: RestoreSettings,
+    path: Path | None,
+) -> FitCheckpoint | None:
+    """Say what the state of the fit belongs to."""
+    if path is None:
+        return None
+    facts = {
+        "settings": dataclasses.asdict(settings),
+        "inputs": inputs_digest(observations),
+        "deepprior_version": __version__,
+    }
+    try:
+        return FitCheckpoint(path, config.checkpoint_every, facts, log)
+    except OSError as err:
+        raise RuntimeError(f"The directory of the checkpoint cannot be made: {err}") from err
