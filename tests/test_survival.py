@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,18 @@ lsst.daf.butler.FormatterV2.write = write
 sys.exit(main())
 """
 """A pipetask that is killed while a dataset is half written, or when its file is there but not its record."""
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that has less room than a checkpoint takes."""
+    path = tmp_path / "full"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", path], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a full disk needs the right to mount: {mounted.stderr.decode().strip()}")
+    yield path
+    subprocess.run(["umount", path], check=True)
 
 
 @pytest.fixture
@@ -187,6 +199,31 @@ def test_damaged_and_missing_warps(own_repo: Path) -> None:
     result = pipetask("run", *run, *AGAIN)
     assert result.returncode == 0, result.stdout
     assert stored(own_repo, "u/test/faults") == {(name, patch) for name in OUTPUTS for patch in (0, 1)}
+
+
+def short_scratch(checkpoint_dir: Path) -> tuple[str, ...]:
+    return "init=scratch", "steps=4", f"checkpoint_dir={checkpoint_dir}", "checkpoint_every=2"
+
+
+def test_corrupted_checkpoint(own_repo: Path, tmp_path: Path) -> None:
+    """A damaged file is said to be one and the fit starts over; all outputs are there."""
+    file = tmp_path / "deepprior_sim_9_0_r.safetensors"
+    file.write_bytes(b"no checkpoint at all")
+    result = pipetask("run", *arguments(own_repo, "u/test/damaged", *short_scratch(tmp_path)))
+    assert result.returncode == 0, result.stdout
+    assert f"{file} is no checkpoint of a fit, or damaged" in result.stdout
+    assert "The fit has 4 steps, 4 of them taken in this process" in result.stdout
+    assert stored(own_repo, "u/test/damaged") == {(name, 0) for name in OUTPUTS}
+    assert not file.exists()
+
+
+def test_full_disk_at_a_checkpoint(own_repo: Path, full_disk: Path) -> None:
+    """The fit goes on without checkpoints, says so, and leaves nothing on the full disk."""
+    result = pipetask("run", *arguments(own_repo, "u/test/full", *short_scratch(full_disk)))
+    assert result.returncode == 0, result.stdout
+    assert "The checkpoint cannot be written: [Errno 28] No space left on device" in result.stdout
+    assert stored(own_repo, "u/test/full") == {(name, 0) for name in OUTPUTS}
+    assert list(full_disk.iterdir()) == []
 
 
 def test_absent_gpu(own_repo: Path) -> None:
