@@ -15,24 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.ndimage
 import torch
-import torch.nn.functional
 
+from .noise_correlation import correlated_noise
 from .observation import Observation
-from .psf import gaussian_stamp
+from .outliers import OUTLIER_PSF_ERROR, find_outliers
 from .statistics import PatchData
-
-_OUTLIER_SIGMA = 5.5
-"""Significance of an outlier; noise alone reaches it in one pixel of 30 million."""
-
-_OUTLIER_RIM_SIGMA = 2.5
-"""Significance of the pixels around an outlier that are rejected with it."""
-
-_OUTLIER_PSF_ERROR = 0.1
-"""Relative error granted to the model where outliers are judged, so that a star that moved by a tenth of a
-pixel, or varies by some per cent, is not rejected."""
-
-_OUTLIER_SMOOTHING = 1.5
-"""Sigma in pixels of the Gaussian that gathers faint trails, a little narrower than usual seeing."""
 
 _MIN_VISITS_FOR_OUTLIERS = 3
 
@@ -90,27 +77,6 @@ def entering_visits(data: PatchData) -> np.ndarray:
     return (overlap > 0.0) & (overlap >= overlap.max(axis=0) - 1e-9)
 
 
-def _outliers(residual: torch.Tensor, scale: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
-    """Find pixels far from the model, single (cosmic rays) or together (trails), with their neighbourhood."""
-    deviation = torch.where(good, residual / scale, 0.0)
-    kernel = torch.as_tensor(gaussian_stamp(_OUTLIER_SMOOTHING), dtype=scale.dtype, device=scale.device)
-    # No pixel counts for more than an outlier, so that a cosmic ray rejects its own surroundings only.
-    bounded = deviation.clamp(-_OUTLIER_SIGMA, _OUTLIER_SIGMA)
-    smooth, norm = (
-        torch.nn.functional.conv2d(image[None, None], k[None, None], padding=k.shape[-1] // 2)[0, 0]
-        for image, k in ((bounded, kernel), (good.to(scale.dtype), kernel.square()))
-    )
-    together = torch.where(good, smooth / norm.clamp_min(1e-6).sqrt(), 0.0)
-    return _grown_peaks(deviation.abs(), 1) | _grown_peaks(together.abs(), 3)
-
-
-def _grown_peaks(significance: torch.Tensor, reach: int) -> torch.Tensor:
-    """Return pixels above `_OUTLIER_RIM_SIGMA` within some pixels of one above `_OUTLIER_SIGMA`."""
-    peaks = (significance > _OUTLIER_SIGMA).to(significance.dtype)
-    near = torch.nn.functional.max_pool2d(peaks[None, None], 2 * reach + 1, stride=1, padding=reach)[0, 0] > 0
-    return near & (significance > _OUTLIER_RIM_SIGMA)
-
-
 def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[Observation]) -> CoaddLayers:
     """Coadd the visits, and what the model leaves of them, in one pass.
 
@@ -164,7 +130,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         count += w > 0
         n_entering += pixel_weight > 0
         if reject:
-            outlier = _outliers(residual, data.scale(visit, prediction, _OUTLIER_PSF_ERROR), good)
+            outlier = find_outliers(residual, data.scale(visit, prediction, OUTLIER_PSF_ERROR), good)
             outlier = outlier[inner].cpu().numpy() & (w > 0)
             n_rejected += outlier
             accepted_total += terms * ~outlier
@@ -199,7 +165,7 @@ def _add_stamps(total: np.ndarray, stamps: np.ndarray) -> np.ndarray:
 
 
 class NoisyModel(Sequence[Observation]):
-    """The visits as they would be if the model were true: K u plus new white noise of their own variance.
+    """The visits as they would be if the model were true: K u plus new noise like their own.
 
     Parameters
     ----------
@@ -211,15 +177,24 @@ class NoisyModel(Sequence[Observation]):
         Latent image u on the canvas, in nJy.
     seed : `int`
         Seed of the noise; a visit has the same noise whenever it is read.
+    correlations : `numpy.ndarray`, (visit, k, k)
+        Correlation of the noise of each visit (see
+        `~lsst.coadd.deepprior.noise_correlation.visit_correlations`).
     """
 
     def __init__(
-        self, observations: Sequence[Observation], data: PatchData, latent: torch.Tensor, seed: int
+        self,
+        observations: Sequence[Observation],
+        data: PatchData,
+        latent: torch.Tensor,
+        seed: int,
+        correlations: np.ndarray,
     ) -> None:
         self._observations = observations
         self._data = data
         self._latent = latent
         self._seed = seed
+        self._correlations = correlations
 
     def __len__(self) -> int:
         return len(self._observations)
@@ -232,7 +207,7 @@ class NoisyModel(Sequence[Observation]):
             self._data.visit(index).kernel.forward(self._latent)[y : y + ny, x : x + nx].cpu().numpy()
         )
         rng = np.random.default_rng([self._seed, index])
-        noise = rng.standard_normal((ny, nx), dtype=np.float32)
+        noise = correlated_noise((ny, nx), self._correlations[index], rng)
         sigma = np.sqrt(np.where(original.good, original.variance, 0.0))
         return dataclasses.replace(original, flux=(prediction + noise * sigma).astype(np.float32))
 
@@ -248,7 +223,8 @@ def local_variance(
     Parameters
     ----------
     differences : `~collections.abc.Sequence` [`numpy.ndarray`], (y, x)
-        Independent realisations of the noise of the image; their mean is subtracted if there are several.
+        Independent realisations of the noise of the image. Their mean is a part of it and is not subtracted:
+        that ``x`` loses some of its own noise when it is restored again tells how much noise it holds.
     image : `numpy.ndarray`, (y, x)
         The image, not negative.
     noise : `float`
@@ -264,8 +240,7 @@ def local_variance(
     if not differences:
         raise ValueError("A variance needs at least one realisation of the noise.")
     scale = noise**2 + noise * image.astype(np.float64)
-    draws = np.array(differences, dtype=np.float64)
-    mean_square = draws.var(axis=0, ddof=1) if len(draws) > 1 else draws[0] ** 2
+    mean_square = np.mean([difference.astype(np.float64) ** 2 for difference in differences], axis=0)
     return (scale * scipy.ndimage.gaussian_filter(mean_square / scale, smoothing, mode="reflect")).astype(
         np.float32
     )

@@ -29,11 +29,14 @@ from .baselines import inner_smooth, maximum_likelihood
 from .conditions import patch_conditions
 from .data_steps import data_steps
 from .fit import mean_latent_image
+from .joint_fit import Coadd
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
+from .noise_correlation import visit_correlations
 from .observation import Observation
 from .operators import CellLayout
 from .point_sources import PointSources, point_sources
+from .prior_carried import prior_carried
 from .psf import FWHM_PER_SIGMA, gaussian_stamp, target_sigma
 from .scratch import fit_scratch
 from .statistics import NothingToRestoreError, PatchData, VisitSets
@@ -47,9 +50,6 @@ Progress = Callable[[str, int, int, float], None]
 
 MARGIN = 16
 """Width in pixels of the canvas around the patch, for the light of sources just outside."""
-
-_N_PUBLISHED = 1
-"""Number of noise realisations that are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,9 @@ class RestoreSettings:
     psf_error : `float`
         Relative error of the PSF models, a part of the predicted flux.
     n_variance_draws : `int`
-        Noise realisations behind the variance plane.
+        Least number of noise realisations behind the variance plane.
+    n_noise_realizations : `int`
+        Number of noise realisations that are returned; if it is the larger, so many are drawn.
     seed : `int`
         Seed of all random numbers.
     """
@@ -89,6 +91,7 @@ class RestoreSettings:
     huber_delta: float = 1.5
     psf_error: float = 0.01
     n_variance_draws: int = 4
+    n_noise_realizations: int = 1
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -98,6 +101,7 @@ class RestoreSettings:
             ("refresh_every", 1),
             ("n_splits", 1),
             ("n_variance_draws", 1),
+            ("n_noise_realizations", 0),
             ("seed", 0),
         ):
             if getattr(self, name) < least:
@@ -128,8 +132,9 @@ class Restoration:
         visit is.
     residual_psf : `numpy.ndarray`, (cell_i, cell_j, k, k)
         PSF of both; NaN in cells without a visit.
-    noise_realizations : `list` [`numpy.ndarray`], float32
-        Realisations of the noise of ``image``, in nJy.
+    noise_realizations, residual_noise_realizations : `list` [`numpy.ndarray`], float32
+        Realisations of the noise of ``image`` and of ``residual``, in nJy. Those of one place have the same
+        noise of the visits: carried to the PSF of the coadd and added, they are that of the plain coadd.
     n_visits : `numpy.ndarray`, int16
         Number of visits with an accepted pixel in the coadds.
     n_good : `numpy.ndarray`, int16
@@ -137,7 +142,8 @@ class Restoration:
     masked, clipped : `numpy.ndarray`, bool
         Whether a visit was masked, or rejected as an outlier, in the pixel.
     prior_carried : `numpy.ndarray`, bool
-        Pixels that no visit constrains: x is what the prior makes of their surroundings.
+        Pixels whose structure the prior and not the data carries, also those that no visit constrains (see
+        `~lsst.coadd.deepprior.prior_carried.prior_carried`).
     cell_weight : `numpy.ndarray`, (visit, cell_i, cell_j)
         Weight of a visit in the coadd of a cell, 0 where it does not enter (1/nJy^2).
     cell_good_fraction, cell_overlap : `numpy.ndarray`, (visit, cell_i, cell_j)
@@ -157,6 +163,7 @@ class Restoration:
     residual_variance: np.ndarray
     residual_psf: np.ndarray
     noise_realizations: list[np.ndarray]
+    residual_noise_realizations: list[np.ndarray]
     n_visits: np.ndarray
     n_good: np.ndarray
     masked: np.ndarray
@@ -272,9 +279,11 @@ def restore(
     layers = coadd_layers(data, latent, observations)
     times["coadd"] = time.monotonic() - mark
     mark = time.monotonic()
-    variance, draws = _variance(observations, data, latent, sets, net, settings, progress)
+    variance, draws, residual_draws = _variance(observations, data, latent, sets, net, settings, progress)
     times["noise"] = time.monotonic() - mark
     covered = layers.n_good > 0
+    plain = Coadd(image, sigma, layers.residual, layers.variance, layers.psf)
+    carried = prior_carried(image, variance, layers.n_good, plain)
     times["total"] = time.monotonic() - started
     return Restoration(
         image=image,
@@ -285,12 +294,13 @@ def restore(
         residual=layers.residual,
         residual_variance=layers.variance,
         residual_psf=layers.psf,
-        noise_realizations=draws[:_N_PUBLISHED],
+        noise_realizations=draws,
+        residual_noise_realizations=residual_draws,
         n_visits=layers.n_visits,
         n_good=layers.n_good,
         masked=layers.masked,
         clipped=layers.clipped,
-        prior_carried=~covered,
+        prior_carried=carried,
         cell_weight=layers.weight,
         cell_good_fraction=data.good_fraction,
         cell_overlap=data.overlap,
@@ -336,21 +346,25 @@ def _variance(
     net: Trunk | None,
     settings: RestoreSettings,
     progress: Progress | None,
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Restore new noise on the model itself; return the variance of what changes, and the changes."""
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Restore new noise on the model itself; return the variance of what changes, and what to publish."""
     image = _image(data, latent)
-    differences = []
-    for draw in range(settings.n_variance_draws):
-        noisy = data.with_observations(
-            NoisyModel(observations, data, latent, settings.seed + 1000 * (draw + 1))
-        )
+    correlations = visit_correlations(data, latent, observations)
+    differences, residuals = [], []
+    n_draws = max(settings.n_variance_draws, settings.n_noise_realizations)
+    for draw in range(n_draws):
+        model = NoisyModel(observations, data, latent, settings.seed + 1000 * (draw + 1), correlations)
+        noisy = data.with_observations(model)
         solution = maximum_likelihood(noisy, sets, steps=settings.base_steps)
         again = _latent(noisy, sets, net, encoder_features(solution)[0])
         differences.append(_image(data, again.latent) - image)
+        if draw < settings.n_noise_realizations:
+            residuals.append(coadd_layers(noisy, again.latent, observations).residual)
         if progress is not None:
-            progress("noise", draw + 1, settings.n_variance_draws, float(np.std(differences[-1])))
+            progress("noise", draw + 1, n_draws, float(np.std(differences[-1])))
     depth = data.weight.sum(axis=0)
-    return local_variance(differences, image, float(np.median(depth[depth > 0.0])) ** -0.5), differences
+    variance = local_variance(differences, image, float(np.median(depth[depth > 0.0])) ** -0.5)
+    return variance, differences[: settings.n_noise_realizations], residuals
 
 
 def _metrics(

@@ -192,9 +192,24 @@ class DeepPriorCoaddConfig(
     )
     n_variance_draws = RangeField(
         dtype=int,
-        doc="Number of times that simulated noise is restored to measure the variance plane. The plane's "
-        "own relative error falls with its root; each costs as much as one base image.",
+        doc="Least number of times that simulated noise is restored to measure the variance plane. The "
+        "plane's own relative error falls with its root; each costs as much as one base image.",
         default=4,
+        min=1,
+    )
+    n_noise_realizations = RangeField(
+        dtype=int,
+        doc="Number of noise realisations that are stored with the restored image and the residual. They "
+        "have the correlation between pixels that the warps have. Those of the variance plane are used, and "
+        "more are drawn if more are asked for.",
+        default=1,
+        min=0,
+    )
+    min_visits = RangeField(
+        dtype=int,
+        doc="Cells in which fewer visits have a good pixel get the mask plane FEW_VISITS. Outliers can be "
+        "told from the sky only with three visits.",
+        default=3,
         min=1,
     )
     seed = RangeField(
@@ -402,7 +417,13 @@ class DeepPriorCoaddTask(PipelineTask):
             **{name: value for name, value in dataclasses.asdict(settings).items() if value is not None},
         }
         coadd, residual = make_coadds(
-            restoration, infos, planes, sky_projection=sky_projection, band=band, metadata=metadata
+            restoration,
+            infos,
+            planes,
+            sky_projection=sky_projection,
+            band=band,
+            min_visits=self.config.min_visits,
+            metadata=metadata,
         )
         fwhm = restoration.metrics["psf"]["visit_fwhm_pixels"]
         metrics: dict[str, Any] = restoration.metrics | {
@@ -419,6 +440,9 @@ class DeepPriorCoaddTask(PipelineTask):
                 for info, good in zip(infos, restoration.cell_good_fraction, strict=True)
             ],
             "left_out": left_out,
+            "mask_fractions": {
+                name: float(coadd.mask.get(name).mean()) for name in sorted(coadd.mask.schema.names)
+            },
         }
         metrics["seconds"] |= {"input": read_seconds, "task": time.monotonic() - started}
         self.metadata["n_warps_used"] = len(infos)

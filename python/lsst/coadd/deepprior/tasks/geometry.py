@@ -14,8 +14,12 @@ import numpy as np
 from lsst.images import XY, Box, SkyProjection
 from lsst.images.cells import CellCoadd
 
-from ..joint_fit import Coadd
+from ..joint_fit import Coadd, Stamp
+from ..noise_correlation import noise_correlation
 from ..psf import FWHM_PER_SIGMA, fwhm
+
+_SKY = 0.2
+"""Restored surface brightness, in units of the noise of the coadd, above which a pixel is no sky."""
 
 
 def pixel_scale(sky_projection: SkyProjection, bbox: Box) -> float:
@@ -63,6 +67,9 @@ def psf_stamps(coadd: CellCoadd) -> np.ndarray:
 def plain_coadd(coadd: CellCoadd, residual: CellCoadd) -> tuple[Coadd, float]:
     """Put the plain coadd together again from a restored patch.
 
+    The correlation of its noise is measured on the first noise realisation, carried together like the image,
+    or, without any, on the residual where the restored image shows no source.
+
     Parameters
     ----------
     coadd : `lsst.images.cells.CellCoadd`
@@ -80,4 +87,15 @@ def plain_coadd(coadd: CellCoadd, residual: CellCoadd) -> tuple[Coadd, float]:
     target = psf_stamps(coadd)
     sigma = fwhm(target[np.isfinite(target[:, :, 0, 0])][0]) / FWHM_PER_SIGMA
     model = np.nan_to_num(coadd.image.array)
-    return Coadd(model, sigma, residual.image.array, residual.variance.array, psf_stamps(residual)), sigma
+    data = residual.image.array, residual.variance.array, psf_stamps(residual)
+    plain = Coadd(model, sigma, *data)
+    where = plain.good.copy()
+    if coadd.noise_realizations and residual.noise_realizations:
+        noise = [np.nan_to_num(one.noise_realizations[0].array) for one in (coadd, residual)]
+        deviation = plain.carry(Stamp(0, 0, noise[0])).array + noise[1]
+    else:
+        where &= model < _SKY * np.sqrt(plain.variance)
+        deviation = np.where(where, residual.image.array, 0.0)
+    deviation = deviation / np.sqrt(np.where(plain.good, plain.variance, 1.0))
+    correlation = noise_correlation(deviation, where)
+    return Coadd(model, sigma, *data, noise_correlation=correlation), sigma
