@@ -435,6 +435,7 @@ def butler(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Butler:
     for name, storage_class in {
         "deep_prior_coadd": "CellCoadd",
         "deep_prior_residual": "CellCoadd",
+        "deep_prior_coadd_outliers": "ArrowAstropy",
         "deep_prior_coadd_metrics": "StructuredDataDict",
         "deep_prior_coadd_sources": "ArrowAstropy",
         "deep_prior_coadd_plot": "Plot",
@@ -457,7 +458,7 @@ def test_quanta(butler: Butler) -> None:
         task,
         butler,
         patch_id,
-        {"warps": warp_ids} | dict.fromkeys(("coadd", "residual", "metrics"), patch_id),
+        {"warps": warp_ids} | dict.fromkeys(("coadd", "residual", "outliers", "metrics"), patch_id),
     )
     run = lsst.pipe.base.testUtils.runTestQuantum(task, butler, quantum, mockRun=True)
     assert len(run.call_args.kwargs["warps"]) == 3

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("MASK_SCHEMA", "InputPlanes", "make_coadds")
+__all__ = ("MASK_SCHEMA", "InputPlanes", "make_coadds", "mask_shares")
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -259,6 +259,11 @@ def make_coadds(
         restoration.residual_noise_realizations,
     )
     return coadd, residual
+
+
+def mask_shares(coadd: CellCoadd) -> dict[str, float]:
+    """Return the share of the pixels of a coadd that have each of its mask planes, by name."""
+    return {name: float(coadd.mask.get(name).mean()) for name in sorted(coadd.mask.schema.names)}
 
 
 def _image(array: np.ndarray, patch: PatchDefinition, unit: u.UnitBase | None = None) -> Image:

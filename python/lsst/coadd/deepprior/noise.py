@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = ("CoaddLayers", "NoisyModel", "coadd_layers", "entering_visits", "local_variance")
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,8 @@ import torch
 
 from .noise_correlation import correlated_noise
 from .observation import Observation
-from .outliers import OUTLIER_PSF_ERROR, find_outliers
+from .operators import CellLayout
+from .outliers import OUTLIER_PSF_ERROR, Outlier, find_outliers, outliers_of_visit
 from .statistics import PatchData
 
 _MIN_VISITS_FOR_OUTLIERS = 3
@@ -46,6 +48,8 @@ class CoaddLayers:
         Whether a visit of the cell was masked, or rejected as an outlier, in the pixel.
     weight : `numpy.ndarray`, (visit, i, j)
         Weight of a visit in a cell; 0 where it does not enter.
+    outliers : `list` [`~lsst.coadd.deepprior.outliers.Outlier`]
+        What was rejected, visit by visit.
     chi2 : `float`
         Mean of ((data - model) / noise)^2 over the accepted pixels.
     """
@@ -59,6 +63,7 @@ class CoaddLayers:
     masked: np.ndarray
     clipped: np.ndarray
     weight: np.ndarray
+    outliers: list[Outlier]
     chi2: float
 
 
@@ -106,6 +111,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
     count, n_good, n_rejected, n_entering = (np.zeros(layout.shape, dtype=np.int16) for _ in range(4))
     reject = int((data.weight > 0.0).any(axis=(1, 2)).sum()) >= _MIN_VISITS_FOR_OUTLIERS
     psf = np.zeros((layout.n_i, layout.n_j, 1, 1))
+    found: list[Outlier] = []
     for index, visit in data.visits():
         prediction = visit.kernel.forward(latent)
         residual = visit.flux - prediction
@@ -133,6 +139,8 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
             outlier = find_outliers(residual, data.scale(visit, prediction, OUTLIER_PSF_ERROR), good)
             outlier = outlier[inner].cpu().numpy() & (w > 0)
             n_rejected += outlier
+            psf_at = functools.partial(_stamp_at, observations[index].psf, layout)
+            found += outliers_of_visit(index, outlier, difference, variance, w > 0, psf_at)
             accepted_total += terms * ~outlier
         psf = _add_stamps(psf, weight[index][:, :, None, None] * np.nan_to_num(observations[index].psf))
     # Where half of the visits or more are far from the model, it is the model that is wrong.
@@ -152,8 +160,14 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         masked=n_visits < n_entering,
         clipped=clipped,
         weight=weight,
+        outliers=[one for one in found if clipped[one.pixels].any()],
         chi2=float(total[4].sum()) / max(int(n_visits.sum()), 1),
     )
+
+
+def _stamp_at(stamps: np.ndarray, layout: CellLayout, y: float, x: float) -> np.ndarray:
+    """Return the stamp of the cell that holds a position in the array of the patch."""
+    return stamps[round(y) // layout.height, round(x) // layout.width]
 
 
 def _add_stamps(total: np.ndarray, stamps: np.ndarray) -> np.ndarray:

@@ -35,9 +35,11 @@ from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
 from .noise_correlation import visit_correlations
 from .observation import Observation
 from .operators import CellLayout
+from .outliers import Outlier
 from .point_sources import PointSources, point_sources
 from .prior_carried import prior_carried
 from .psf import FWHM_PER_SIGMA, gaussian_stamp, target_sigma
+from .psf_check import injected_latent, measure_leakage, place_stars
 from .scratch import fit_scratch
 from .statistics import NothingToRestoreError, PatchData, VisitSets
 from .weights import TrainedNetwork
@@ -78,6 +80,8 @@ class RestoreSettings:
         Least number of noise realisations behind the variance plane.
     n_noise_realizations : `int`
         Number of noise realisations that are returned; if it is the larger, so many are drawn.
+    check_psf : `bool`
+        Restore once more with injected stars and compare their PSF with the target.
     seed : `int`
         Seed of all random numbers.
     """
@@ -92,6 +96,7 @@ class RestoreSettings:
     psf_error: float = 0.01
     n_variance_draws: int = 4
     n_noise_realizations: int = 1
+    check_psf: bool = False
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -141,6 +146,8 @@ class Restoration:
         Number of visits with a good pixel; 0 where no visit constrains ``image``.
     masked, clipped : `numpy.ndarray`, bool
         Whether a visit was masked, or rejected as an outlier, in the pixel.
+    outliers : `list` [`~lsst.coadd.deepprior.outliers.Outlier`]
+        What was rejected, visit by visit.
     prior_carried : `numpy.ndarray`, bool
         Pixels whose structure the prior and not the data carries, also those that no visit constrains (see
         `~lsst.coadd.deepprior.prior_carried.prior_carried`).
@@ -168,6 +175,7 @@ class Restoration:
     n_good: np.ndarray
     masked: np.ndarray
     clipped: np.ndarray
+    outliers: list[Outlier]
     prior_carried: np.ndarray
     cell_weight: np.ndarray
     cell_good_fraction: np.ndarray
@@ -281,6 +289,11 @@ def restore(
     mark = time.monotonic()
     variance, draws, residual_draws = _variance(observations, data, latent, sets, net, settings, progress)
     times["noise"] = time.monotonic() - mark
+    mark = time.monotonic()
+    leakage = (
+        _leakage(observations, data, latent, sets, net, settings, draws[0]) if settings.check_psf else []
+    )
+    times["psf"] = time.monotonic() - mark
     covered = layers.n_good > 0
     plain = Coadd(image, sigma, layers.residual, layers.variance, layers.psf)
     carried = prior_carried(image, variance, layers.n_good, plain)
@@ -294,12 +307,13 @@ def restore(
         residual=layers.residual,
         residual_variance=layers.variance,
         residual_psf=layers.psf,
-        noise_realizations=draws,
+        noise_realizations=draws[: settings.n_noise_realizations],
         residual_noise_realizations=residual_draws,
         n_visits=layers.n_visits,
         n_good=layers.n_good,
         masked=layers.masked,
         clipped=layers.clipped,
+        outliers=layers.outliers,
         prior_carried=carried,
         cell_weight=layers.weight,
         cell_good_fraction=data.good_fraction,
@@ -318,6 +332,7 @@ def restore(
             settings,
             curves,
             times,
+            leakage,
         ),
     )
 
@@ -364,7 +379,28 @@ def _variance(
             progress("noise", draw + 1, n_draws, float(np.std(differences[-1])))
     depth = data.weight.sum(axis=0)
     variance = local_variance(differences, image, float(np.median(depth[depth > 0.0])) ** -0.5)
-    return variance, differences[: settings.n_noise_realizations], residuals
+    return variance, differences, residuals
+
+
+def _leakage(
+    observations: Sequence[Observation],
+    data: PatchData,
+    latent: torch.Tensor,
+    sets: VisitSets,
+    net: Trunk | None,
+    settings: RestoreSettings,
+    first_draw: np.ndarray,
+) -> list[dict[str, Any]]:
+    """Restore the first noise realisation once more, with stars in it; compare them with the target PSF."""
+    image = _image(data, latent)
+    stars = place_stars(data, observations, image, settings.seed)
+    with_stars = latent + injected_latent(data, stars)
+    correlations = visit_correlations(data, latent, observations)
+    model = NoisyModel(observations, data, with_stars, settings.seed + 1000, correlations)
+    noisy = data.with_observations(model)
+    solution = maximum_likelihood(noisy, sets, steps=settings.base_steps)
+    again = _latent(noisy, sets, net, encoder_features(solution)[0])
+    return measure_leakage(_image(data, again.latent) - (image + first_draw), stars, data.sigma)
 
 
 def _metrics(
@@ -380,6 +416,7 @@ def _metrics(
     settings: RestoreSettings,
     curves: dict[str, list[float]],
     times: dict[str, float],
+    leakage: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Collect the numbers of the run."""
     covered = layers.n_good > 0
@@ -395,6 +432,7 @@ def _metrics(
             "visit_fwhm_pixels": {
                 observation.name: float(s) for observation, s in zip(observations, data.seeing, strict=True)
             },
+            "injected_stars": leakage,
         },
         "noise": {
             "coadd_sigma_nJy": _root_median(layers.variance[seen]),

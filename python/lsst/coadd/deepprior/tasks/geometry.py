@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-__all__ = ("pixel_scale", "plain_coadd", "psf_stamps")
+__all__ = ("pixel_scale", "pixel_to_sky", "plain_coadd", "psf_stamps")
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -42,6 +44,31 @@ def pixel_scale(sky_projection: SkyProjection, bbox: Box) -> float:
         sky_projection.pixel_to_sky(XY(x=x + dx, y=y + dy)) for dx, dy in ((0, 0), (1, 0), (0, 1))
     )
     return float(np.sqrt(corner.separation(right).arcsec * corner.separation(above).arcsec))
+
+
+def pixel_to_sky(
+    sky_projection: SkyProjection,
+) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Return a projection as a function of plain arrays.
+
+    Parameters
+    ----------
+    sky_projection : `lsst.images.SkyProjection`
+        Projection of the pixels to the sky.
+
+    Returns
+    -------
+    project : `~collections.abc.Callable`
+        Function of pixel positions x and y that returns right ascension and declination in degrees.
+    """
+
+    def project(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if len(x) == 0:  # the projection does not take empty arrays
+            return np.zeros(0), np.zeros(0)
+        sky = sky_projection.pixel_to_sky(XY(x=x, y=y))
+        return sky.ra.deg, sky.dec.deg
+
+    return project
 
 
 def psf_stamps(coadd: CellCoadd) -> np.ndarray:
