@@ -96,7 +96,10 @@ def place_stars(
     for weight, observation in zip(data.weight, observations, strict=True):
         information += weight * np.nansum(observation.psf**2, axis=(2, 3))
     point_error = np.maximum(data.pixel_weight(information), np.finfo(float).tiny) ** -0.5
-    y, x, flux, snr = [], [], [], []
+    y: list[float] = []
+    x: list[float] = []
+    flux: list[float] = []
+    snr: list[float] = []
     candidates = rng.permutation(np.argwhere(free))
     for row, column in candidates.tolist():
         if len(y) == _PER_SNR * len(SNRS):
