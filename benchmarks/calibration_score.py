@@ -104,7 +104,7 @@ def restore_scene(observations: Sequence[Observation], layout: CellLayout, n_var
         What is judged.
     """
     settings = RestoreSettings(
-        target_fwhm=TARGET_SIGMA * FWHM_PER_SIGMA, n_variance_draws=n_variance_draws, n_noise_realizations=1
+        target_fwhm=TARGET_SIGMA * FWHM_PER_SIGMA, n_variance_draws=n_variance_draws, check_psf=False
     )
     result = restore(observations, layout, settings, network=packaged_network())
     return Products(

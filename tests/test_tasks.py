@@ -492,7 +492,7 @@ def test_network_of_the_butler(butler: Butler, restored: Struct) -> None:
     patch_id = {"skymap": "deepprior_sim", "tract": 9, "patch": 1, "band": "r"}
     refs = butler.query_datasets("deep_prior_warp", where="patch = 1 and band = 'r'")
     inputs = {"warps": [dict(ref.dataId.required) for ref in refs], "network": {}}
-    outputs = dict.fromkeys(("coadd", "residual", "metrics"), patch_id)
+    outputs = dict.fromkeys(("coadd", "residual", "outliers", "metrics"), patch_id)
     network = network_for(restored)
     butler.registry.registerDatasetType(
         DatasetType("deep_prior_network", (), "ArrowNumpyDict", universe=butler.dimensions)

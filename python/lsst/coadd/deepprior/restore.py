@@ -96,7 +96,7 @@ class RestoreSettings:
     psf_error: float = 0.01
     n_variance_draws: int = 4
     n_noise_realizations: int = 1
-    check_psf: bool = False
+    check_psf: bool = True
     seed: int = 1
 
     def __post_init__(self) -> None:

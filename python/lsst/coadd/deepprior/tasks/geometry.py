@@ -17,7 +17,6 @@ from lsst.images import XY, Box, SkyProjection
 from lsst.images.cells import CellCoadd
 
 from ..joint_fit import Coadd, Stamp
-from ..noise_correlation import noise_correlation
 from ..psf import FWHM_PER_SIGMA, fwhm
 
 _SKY = 0.2
@@ -111,6 +110,8 @@ def plain_coadd(coadd: CellCoadd, residual: CellCoadd) -> tuple[Coadd, float]:
     target_sigma : `float`
         Sigma in pixels of the PSF of the restored image.
     """
+    from ..noise_correlation import noise_correlation
+
     target = psf_stamps(coadd)
     sigma = fwhm(target[np.isfinite(target[:, :, 0, 0])][0]) / FWHM_PER_SIGMA
     model = np.nan_to_num(coadd.image.array)
