@@ -138,19 +138,18 @@ def catalogue_of(products: Products, start: tuple[int, int]) -> tuple[Table, Coa
     plain : `~lsst.coadd.deepprior.joint_fit.Coadd`
         The plain coadd, with the correlation of its noise.
     """
-    data = (
+    plain = Coadd(
         products.image,
         TARGET_SIGMA,
         products.residual,
         products.residual_variance,
         products.residual_psf,
     )
-    plain = Coadd(*data)
     noise = plain.carry(Stamp(0, 0, np.nan_to_num(products.noise))).array
     noise = (noise + np.nan_to_num(products.residual_noise)) / np.sqrt(
         np.where(plain.good, plain.variance, 1)
     )
-    plain = Coadd(*data, noise_correlation=noise_correlation(noise, plain.good))
+    plain = plain.correlated(noise_correlation(noise, plain.good))
     ny, nx = products.image.shape
     inputs = MeasureInputs(
         model=products.image,

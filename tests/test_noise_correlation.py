@@ -119,3 +119,4 @@ def test_errors_of_a_fit_hold_the_correlation() -> None:
     middle = coadd.information[110, 130] ** -0.5
     assert np.median(fit.errors()) == pytest.approx(middle, rel=0.02)
     assert white.noise_excess(psf) == 1.0
+    np.testing.assert_array_equal(white.correlated(triangle()).information, coadd.information)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ("Coadd", "JointFit", "Stamp", "render", "sum_stamps")
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -127,11 +128,34 @@ class Coadd:
                 self.weight[cell] = good / np.median(variance[cell][good])
         self.image = np.where(self.good, self.carry(Stamp(0, 0, model)).array + residual, 0.0)
         self.matched = np.maximum(self.correlate(self.weight, power=2), 0.0)
-        self.information = self.matched.copy()
-        for i, j in np.ndindex(n_i, n_j):
-            if np.isfinite(psf[i, j]).all():
+        self.information = self._information()
+
+    def correlated(self, noise_correlation: np.ndarray) -> Coadd:
+        """Return the same coadd with another correlation of its noise.
+
+        Parameters
+        ----------
+        noise_correlation : `numpy.ndarray`, (k, k)
+            Correlation by lag.
+
+        Returns
+        -------
+        coadd : `Coadd`
+            The coadd, which shares its images with this one.
+        """
+        other = copy.copy(self)
+        other.noise_correlation = noise_correlation
+        other.information = other._information()
+        return other
+
+    def _information(self) -> np.ndarray:
+        """Return the inverse variance of point-source fluxes, (y, x)."""
+        information = self.matched.copy()
+        for i, j in np.ndindex(self.psf.shape[:2]):
+            if np.isfinite(self.psf[i, j]).all():
                 cell = np.s_[i * self.height : (i + 1) * self.height, j * self.width : (j + 1) * self.width]
-                self.information[cell] /= self.noise_excess(psf[i, j])
+                information[cell] /= self.noise_excess(self.psf[i, j])
+        return information
 
     def noise_excess(self, weights: np.ndarray) -> float:
         """Return the variance of a weighted sum of pixels over that of white noise of the same variance.

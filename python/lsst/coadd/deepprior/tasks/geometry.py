@@ -115,8 +115,7 @@ def plain_coadd(coadd: CellCoadd, residual: CellCoadd) -> tuple[Coadd, float]:
     target = psf_stamps(coadd)
     sigma = fwhm(target[np.isfinite(target[:, :, 0, 0])][0]) / FWHM_PER_SIGMA
     model = np.nan_to_num(coadd.image.array)
-    data = residual.image.array, residual.variance.array, psf_stamps(residual)
-    plain = Coadd(model, sigma, *data)
+    plain = Coadd(model, sigma, residual.image.array, residual.variance.array, psf_stamps(residual))
     where = plain.good.copy()
     if coadd.noise_realizations and residual.noise_realizations:
         noise = [np.nan_to_num(one.noise_realizations[0].array) for one in (coadd, residual)]
@@ -126,4 +125,4 @@ def plain_coadd(coadd: CellCoadd, residual: CellCoadd) -> tuple[Coadd, float]:
         deviation = np.where(where, residual.image.array, 0.0)
     deviation = deviation / np.sqrt(np.where(plain.good, plain.variance, 1.0))
     correlation = noise_correlation(deviation, where)
-    return Coadd(model, sigma, *data, noise_correlation=correlation), sigma
+    return plain.correlated(correlation), sigma
