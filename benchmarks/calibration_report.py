@@ -25,12 +25,12 @@ _HEAD = """# Calibration: do fluxes, errors, positions, noise and masks say the 
 Written by `python benchmarks/calibration.py`; do not edit. Scenes of 256x256 pixels of the families
 *standard* (white noise), *correlated_noise* (Lanczos-resampled) and *background_errors* (offsets and slopes
 of 0.02 sky noise), each with stars and galaxies of the same population injected where nothing disturbs them,
-and restored with the network of the package. Isolated sources are the injected ones and those of
-the scene by itself that
-no neighbour disturbs; S/N is that of the true profile in the inverse-variance coadd, and sources below 7 are
-left out. Seeds from {first} on; settings were chosen on others. *Pull* is (measured - true) / error, without
-the systematic floor (`flux_sys_err`), since simulated PSFs and flux scales have no error; its mean clips
-pulls at 5, its width is from the quartiles. A bin of fewer than {enough} sources is reported and not judged.
+and restored with the network of the package. Isolated sources are the injected ones and those of the scene by
+itself that no neighbour disturbs; S/N is that of the true profile in the inverse-variance coadd, and sources
+below 7 are left out. Seeds from {first} on; settings were chosen on others. *Pull* is (measured - true) /
+error, without the systematic floor (`flux_sys_err`), since simulated PSFs and flux scales have no error; its
+mean clips pulls at 5, its width is from the quartiles. A bin of fewer than {enough} sources is reported and
+not judged; the bins fill as more scenes are run.
 """
 
 
@@ -262,7 +262,8 @@ def make(
     objects = [one for row in real for one in row["objects"]]
     lines += [
         f"{len(real)} injections into the same warps, away from the sources of the catalogue before. The "
-        "photons of injected sources add no noise, since the gain is unknown; S/N is that of a point source.",
+        "photons of injected sources add no noise, since the gain is unknown; S/N is that of a point source. "
+        "Real sky between sources is not at zero: that gives all S/N the same mean pull.",
         "",
         *_FLUX_TABLE,
     ]
