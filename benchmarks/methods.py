@@ -160,7 +160,7 @@ def _restore(scene: Any, settings: Sequence[str], *, pretrained: bool) -> Output
         from lsst.coadd.deepprior.weights import packaged_network
 
         start["network"] = packaged_network()
-    wanted = RestoreSettings(target_fwhm=TARGET_SIGMA * FWHM_PER_SIGMA)
+    wanted = RestoreSettings(target_fwhm=TARGET_SIGMA * FWHM_PER_SIGMA, check_psf=False)
     result = restore(scene.observations, scene.layout, wanted, **start)
     memory = peak_memory()
     plain = Coadd(

@@ -95,6 +95,7 @@ def restoration() -> SimpleNamespace:
         residual_variance=variance[1],
         residual_psf=residual_psf,
         noise_realizations=[rng.normal(size=(NY, NX)).astype(np.float32)],
+        residual_noise_realizations=[rng.normal(size=(NY, NX)).astype(np.float32)],
         n_visits=n_visits,
         n_good=n_visits.copy(),
         masked=masked,
@@ -118,6 +119,7 @@ def coadds(
         planes,
         sky_projection=scene.sky_projection,
         band="r",
+        min_visits=3,
         metadata={"DEEPPRIOR VERSION": "0.1", "DEEPPRIOR SEED": 3, "DEEPPRIOR TARGET_FWHM": 2.5},
     )
     result = []
@@ -163,7 +165,9 @@ def test_pixels(coadds: tuple[CellCoadd, CellCoadd], restoration: Any) -> None:
     )
     (noise,) = coadd.noise_realizations
     np.testing.assert_array_equal(noise.array, np.where(missing, np.nan, restoration.noise_realizations[0]))
-    assert not residual.noise_realizations
+    (noise,) = residual.noise_realizations
+    drawn = restoration.residual_noise_realizations[0]
+    np.testing.assert_array_equal(noise.array, np.where(missing, np.nan, drawn))
     # A pixel without data carries the model, but no variance.
     assert coadd.image.array[7, 8] == restoration.image[7, 8]
     assert np.isnan(coadd.variance.array[7, 8])
@@ -182,17 +186,24 @@ def test_mask_planes(coadds: tuple[CellCoadd, CellCoadd]) -> None:
         assert where(coadd, "INEXACT_PSF") == {(1, 2), (3, 4), (5, 6)}
         assert where(coadd, "PRIOR_CARRIED") == {(7, 8), (9, 10), (9, 11), (9, 12)}
         assert where(coadd, "DETECTED") == set()
+        few = coadd.mask.get("FEW_VISITS")
+        assert few[cell(1, 2)].all()
+        assert few.sum() == 40 * 36
         edge = coadd.mask.get("SENSOR_EDGE")
         assert edge[40:, :72].all()
         assert not edge[:40].any()
         assert not edge[cell(1, 2)].any()
 
 
-def test_mask_fraction(coadds: tuple[CellCoadd, CellCoadd]) -> None:
-    fraction = coadds[0].mask_fractions["rejected"].array
-    expected = np.zeros((NY, NX), dtype=np.float32)
-    expected[1, 2] = expected[3, 4] = 1.0 / 3.0
-    np.testing.assert_allclose(fraction, expected, rtol=1e-6)
+def test_mask_fractions(coadds: tuple[CellCoadd, CellCoadd]) -> None:
+    pixels = {"rejected": [(1, 2), (3, 4)], "sat": [(1, 2)], "cr": [(1, 2), (3, 4)], "intrp": []}
+    for coadd in coadds:
+        assert set(coadd.mask_fractions) == set(pixels)
+        for name, flagged in pixels.items():
+            expected = np.zeros((NY, NX), dtype=np.float32)
+            for pixel in flagged:
+                expected[pixel] = 1.0 / 3.0
+            np.testing.assert_allclose(coadd.mask_fractions[name].array, expected, rtol=1e-6)
 
 
 def test_psf_of_every_cell(coadds: tuple[CellCoadd, CellCoadd], restoration: Any) -> None:
@@ -270,8 +281,8 @@ def test_planes_of_other_names_and_missing_psf(warps: list[Warp]) -> None:
     found = {name: np.argwhere(pixels).tolist() for name, pixels in planes.planes.items()}
     # The visit has no PSF in the cell of (4, 40): it is not rejected there, it is not there.
     assert found == {"SAT": [[2, 0]], "CR": [[2, 1]], "INTRP": [[2, 2]], "REJECTED": [[2, 0], [4, 5]]}
-    assert np.isnan(planes.rejected_fraction[cell(0, 1)]).all()
-    assert planes.rejected_fraction[4, 5] == 1.0
+    assert np.isnan(planes.fractions["rejected"][cell(0, 1)]).all()
+    assert planes.fractions["rejected"][4, 5] == 1.0
 
 
 def test_arrays_of_another_patch_or_other_visits_are_refused(

@@ -26,7 +26,12 @@ NAMES = yaml.safe_load((Path(__file__).parent / "data" / "drp_pipe_names.yaml").
 CAMERAS = NAMES["cameras"]
 PIPELINES = "$COADD_DEEPPRIOR_DIR/pipelines"
 OURS = {"deepPriorCoadd", "measureDeepPriorCoadd", "plotDeepPriorCoadd"}
-RESTORED = {"deep_prior_coadd", "deep_prior_residual", "deep_prior_coadd_metrics"}
+RESTORED = {
+    "deep_prior_coadd",
+    "deep_prior_residual",
+    "deep_prior_coadd_outliers",
+    "deep_prior_coadd_metrics",
+}
 ROLES = {"detection_coadd", "deblending_coadd", "measurement_coadd"}
 
 

@@ -188,7 +188,8 @@ def test_noisy_model_has_the_model_and_the_noise_of_the_visits() -> None:
     visits = observe(LAYOUT, STARS, [1.5, 2.0], seed=9, noise=3.0)
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
     truth = true_latent(data)
-    noisy = NoisyModel(visits, data, truth, seed=3)
+    white = np.ones((2, 1, 1))
+    noisy = NoisyModel(visits, data, truth, seed=3, correlations=white)
     again = noisy[1]
     np.testing.assert_array_equal(again.flux, noisy[1].flux)
     assert not np.array_equal(noisy[0].flux, again.flux)

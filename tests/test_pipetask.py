@@ -10,13 +10,19 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from run_pipetask import PIPELINE, QUICK, pipetask
 
 from lsst.daf.butler import Butler
 
 DATASETS = {
-    "deepPriorCoadd": ("deep_prior_coadd", "deep_prior_residual", "deep_prior_coadd_metrics"),
+    "deepPriorCoadd": (
+        "deep_prior_coadd",
+        "deep_prior_residual",
+        "deep_prior_coadd_outliers",
+        "deep_prior_coadd_metrics",
+    ),
     "measureDeepPriorCoadd": ("deep_prior_coadd_sources",),
     "plotDeepPriorCoadd": ("deep_prior_coadd_plot",),
 }
@@ -84,7 +90,7 @@ def test_runs_build_on_each_other(own_repo: Path) -> None:
     result = pipetask(
         *run,
         *("-o", "u/test/both", "-p", PIPELINE, "--skip-existing-in", "u/test/chain", "-j", "2"),
-        *("-c", "measureDeepPriorCoadd:min_snr=6.0"),
+        *("-c", "measureDeepPriorCoadd:min_snr=6.0", "-c", "measureDeepPriorCoadd:write_measure_coadd=True"),
     )
     assert result.returncode == 0, result.stdout
     assert "Executed 6 quanta successfully, 0 failed" in result.stdout
@@ -92,6 +98,20 @@ def test_runs_build_on_each_other(own_repo: Path) -> None:
     for dataset_types in DATASETS.values():
         for dataset_type in dataset_types:
             assert found(own_repo, new_run, dataset_type) == {(0, "i"), (1, "i")}
+
+    assert found(own_repo, new_run, "deep_prior_measure_coadd") == {(0, "i"), (1, "i")}
+    butler = Butler.from_config(own_repo, collections="u/test/both")
+    data_id = {"skymap": "deepprior_sim", "tract": 9, "patch": 0, "band": "i"}
+    both, coadd, residual = (
+        butler.get(name, data_id)
+        for name in ("deep_prior_measure_coadd", "deep_prior_coadd", "deep_prior_residual")
+    )
+    seen = np.isfinite(residual.image.array)
+    np.testing.assert_allclose(
+        both.image.array[seen], (coadd.image.array + residual.image.array)[seen], rtol=1e-5, atol=1e-3
+    )
+    outliers = butler.get("deep_prior_coadd_outliers", data_id)
+    assert {"instrument", "visit", "ra", "dec", "psf_flux", "psf_flux_err"} <= set(outliers.colnames)
 
     again = pipetask(*run, *red, "-o", "u/test/chain", "-p", PIPELINE, "--extend-run")
     assert again.returncode == 1, again.stdout

@@ -27,7 +27,12 @@ from lsst.daf.butler import Butler
 
 STEPS = 200
 WHERE = {"skymap": "deepprior_sim", "tract": 9, "band": "r"}
-OUTPUTS = ("deep_prior_coadd", "deep_prior_residual", "deep_prior_coadd_metrics")
+OUTPUTS = (
+    "deep_prior_coadd",
+    "deep_prior_residual",
+    "deep_prior_coadd_outliers",
+    "deep_prior_coadd_metrics",
+)
 AGAIN = ("--extend-run", "--skip-existing", "--clobber-outputs")
 
 KILLED_IN_A_WRITE = """

@@ -435,6 +435,7 @@ def butler(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Butler:
     for name, storage_class in {
         "deep_prior_coadd": "CellCoadd",
         "deep_prior_residual": "CellCoadd",
+        "deep_prior_coadd_outliers": "ArrowAstropy",
         "deep_prior_coadd_metrics": "StructuredDataDict",
         "deep_prior_coadd_sources": "ArrowAstropy",
         "deep_prior_coadd_plot": "Plot",
@@ -457,7 +458,7 @@ def test_quanta(butler: Butler) -> None:
         task,
         butler,
         patch_id,
-        {"warps": warp_ids} | dict.fromkeys(("coadd", "residual", "metrics"), patch_id),
+        {"warps": warp_ids} | dict.fromkeys(("coadd", "residual", "outliers", "metrics"), patch_id),
     )
     run = lsst.pipe.base.testUtils.runTestQuantum(task, butler, quantum, mockRun=True)
     assert len(run.call_args.kwargs["warps"]) == 3
@@ -491,7 +492,7 @@ def test_network_of_the_butler(butler: Butler, restored: Struct) -> None:
     patch_id = {"skymap": "deepprior_sim", "tract": 9, "patch": 1, "band": "r"}
     refs = butler.query_datasets("deep_prior_warp", where="patch = 1 and band = 'r'")
     inputs = {"warps": [dict(ref.dataId.required) for ref in refs], "network": {}}
-    outputs = dict.fromkeys(("coadd", "residual", "metrics"), patch_id)
+    outputs = dict.fromkeys(("coadd", "residual", "outliers", "metrics"), patch_id)
     network = network_for(restored)
     butler.registry.registerDatasetType(
         DatasetType("deep_prior_network", (), "ArrowNumpyDict", universe=butler.dimensions)

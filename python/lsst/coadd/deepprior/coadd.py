@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("MASK_SCHEMA", "InputPlanes", "make_coadds")
+__all__ = ("MASK_SCHEMA", "InputPlanes", "make_coadds", "mask_shares")
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -49,10 +49,16 @@ MASK_SCHEMA = MaskSchema(
             "SENSOR_EDGE",
             "An input visit is not in the residual coadd of this cell, since its border lies in the cell.",
         ),
+        MaskPlane(
+            "FEW_VISITS",
+            "Fewer visits have a good pixel in this cell than the configuration asks for.",
+        ),
         MaskPlane("DETECTED", "Pixel is part of a detected source; the restoration itself never sets it."),
         MaskPlane(
             "PRIOR_CARRIED",
-            "The prior, and not the data, carries the restored image here: no visit has a good pixel.",
+            "The prior, and not the data, carries the structure of the restored image here: no visit has a "
+            "good pixel, or what light the data has is too faint to say where it belongs, and brighter than "
+            "the variance plane answers for.",
         ),
     ]
 )
@@ -78,7 +84,7 @@ class InputPlanes:
     def __init__(self, patch: PatchDefinition) -> None:
         shape = tuple(patch.cells.bbox.shape)
         self.patch = patch
-        self._planes = {name: np.zeros(shape, dtype=bool) for name in _INPUT_PLANES}
+        self._n_flagged = {name: np.zeros(shape, dtype=np.uint16) for name in _INPUT_PLANES}
         self._n_expected = np.zeros(shape, dtype=np.uint16)
         self._n_rejected = np.zeros(shape, dtype=np.uint16)
 
@@ -95,23 +101,28 @@ class InputPlanes:
         region = warp.bbox.slice_within(self.patch.cells.bbox)
         expected = warp.in_psf_cell
         for name, aliases in _INPUT_PLANES.items():
-            self._planes[name][region] |= warp.flagged(aliases)
+            self._n_flagged[name][region] += expected & warp.flagged(aliases)
         self._n_expected[region] += expected
         self._n_rejected[region] += expected & warp.unusable(bad_planes)
 
     @property
     def planes(self) -> Mapping[str, np.ndarray]:
         """Pixels with the planes SAT, CR, INTRP and REJECTED, each (y, x) bool."""
-        return self._planes | {"REJECTED": self._n_rejected > 0}
+        counts = self._n_flagged | {"REJECTED": self._n_rejected}
+        return {name: count > 0 for name, count in counts.items()}
 
     @property
-    def rejected_fraction(self) -> np.ndarray:
-        """Fraction of the visits with pixel and PSF in which the pixel is unusable, (y, x) float32.
+    def fractions(self) -> Mapping[str, np.ndarray]:
+        """Fraction of the visits with pixel and PSF that have each of these planes, (y, x) float32.
 
-        It is NaN where there is no such visit.
+        The names are in lower case; ``rejected`` counts the visits in which the pixel is unusable. It is NaN
+        where there is no such visit.
         """
+        counts = self._n_flagged | {"REJECTED": self._n_rejected}
         with np.errstate(invalid="ignore"):
-            return self._n_rejected.astype(np.float32) / self._n_expected
+            return {
+                name.lower(): count.astype(np.float32) / self._n_expected for name, count in counts.items()
+            }
 
 
 def make_coadds(
@@ -121,6 +132,7 @@ def make_coadds(
     *,
     sky_projection: SkyProjection[TractFrame],
     band: str,
+    min_visits: int = 1,
     metadata: Mapping[str, str | int | float] | None = None,
 ) -> tuple[CellCoadd, CellCoadd]:
     """Make the restored coadd and the residual coadd of a patch.
@@ -137,6 +149,8 @@ def make_coadds(
         Projection of the tract.
     band : `str`
         Name of the band.
+    min_visits : `int`, optional
+        Cells in which fewer visits have a good pixel get the plane ``FEW_VISITS``.
     metadata : `~collections.abc.Mapping`, optional
         Versions and settings to be stored with both coadds.
 
@@ -176,6 +190,7 @@ def make_coadds(
         "REJECTED": rejected,
         "INEXACT_PSF": restoration.masked | rejected,
         "SENSOR_EDGE": fill_cells(left_out, grid),
+        "FEW_VISITS": fill_cells((restoration.cell_good_fraction > 0.0).sum(axis=0) < min_visits, grid),
         "PRIOR_CARRIED": restoration.prior_carried | ~seen,
     }
 
@@ -200,7 +215,7 @@ def make_coadds(
             mask=mask,
             variance=_image(np.where(missing | no_data, np.nan, variance), patch, u.nJy**2),
             noise_realizations=[_image(np.where(missing, np.nan, n), patch) for n in noise],
-            mask_fractions={"rejected": _image(input_planes.rejected_fraction, patch)},
+            mask_fractions={name: _image(share, patch) for name, share in input_planes.fractions.items()},
             sky_projection=sky_projection,
             band=band,
             psf=cell_psf,
@@ -241,8 +256,14 @@ def make_coadds(
         ~np.isfinite(restoration.residual),
         enters,
         average_corrections(corrections, restoration.cell_weight),
+        restoration.residual_noise_realizations,
     )
     return coadd, residual
+
+
+def mask_shares(coadd: CellCoadd) -> dict[str, float]:
+    """Return the share of the pixels of a coadd that have each of its mask planes, by name."""
+    return {name: float(coadd.mask.get(name).mean()) for name in sorted(coadd.mask.schema.names)}
 
 
 def _image(array: np.ndarray, patch: PatchDefinition, unit: u.UnitBase | None = None) -> Image:

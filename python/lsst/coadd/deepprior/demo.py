@@ -34,6 +34,7 @@ _DATASETS = {
     "deep_prior_coadd": "restored coadd",
     "deep_prior_residual": "residual coadd",
     "deep_prior_coadd_sources": "source list",
+    "deep_prior_coadd_outliers": "outliers of the visits",
     "deep_prior_coadd_metrics": "numbers of the run",
     "deep_prior_coadd_plot": "figure",
 }

@@ -124,7 +124,8 @@ def coadd_detections(coadd: Coadd, origin: tuple[int, int]) -> Detections:
         Peaks, with their point-source fluxes.
     """
     information = np.where(coadd.information > 0.0, coadd.information, np.inf)
-    flux = coadd.correlate(coadd.weight * coadd.image, power=1) / information
+    matched = np.where(coadd.matched > 0.0, coadd.matched, np.inf)
+    flux = coadd.correlate(coadd.weight * coadd.image, power=1) / matched
     snr = flux * np.sqrt(np.where(np.isfinite(information), information, 0.0))
     peaks = (snr == scipy.ndimage.maximum_filter(snr, 3)) & (snr > 5.0) & coadd.good
     y, x = np.nonzero(peaks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ("Coadd", "JointFit", "Stamp", "render", "sum_stamps")
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -68,6 +69,9 @@ class Coadd:
         Variance of ``residual`` in nJy^2; what is not positive is taken as no data.
     psf : `numpy.ndarray`, (cell_i, cell_j, k, k)
         PSF of ``residual`` in each cell, odd size, unit sum; NaN in missing cells.
+    noise_correlation : `numpy.ndarray`, (k, k), optional
+        Correlation of the noise of ``residual`` by lag (see
+        `~lsst.coadd.deepprior.noise_correlation.noise_correlation`); without it the noise is white.
 
     Attributes
     ----------
@@ -77,8 +81,11 @@ class Coadd:
         Pixels with data.
     weight : `numpy.ndarray`, (y, x)
         One weight a cell, the inverse of its median variance; 0 where there is no data.
+    matched : `numpy.ndarray`, (y, x)
+        Sum of ``weight`` under the squared PSF at each pixel: what a matched filter is divided by.
     information : `numpy.ndarray`, (y, x)
-        Inverse variance of the flux of a point source at each pixel, in nJy^-2.
+        Inverse variance of the flux of a point source at each pixel, in nJy^-2, the correlation of the noise
+        included.
     fwhm : `numpy.ndarray`, (cell_i, cell_j)
         FWHM of the PSF in pixels; in missing cells the median of the others.
     """
@@ -90,8 +97,10 @@ class Coadd:
         residual: np.ndarray,
         variance: np.ndarray,
         psf: np.ndarray,
+        noise_correlation: np.ndarray | None = None,
     ) -> None:
         self.shape = model.shape
+        self.noise_correlation = np.ones((1, 1)) if noise_correlation is None else noise_correlation
         self.psf = psf
         n_i, n_j = psf.shape[:2]
         self.height, self.width = self.shape[0] // n_i, self.shape[1] // n_j
@@ -118,7 +127,85 @@ class Coadd:
             if (good := self.good[cell]).any():
                 self.weight[cell] = good / np.median(variance[cell][good])
         self.image = np.where(self.good, self.carry(Stamp(0, 0, model)).array + residual, 0.0)
-        self.information = np.maximum(self.correlate(self.weight, power=2), 0.0)
+        self.matched = np.maximum(self.correlate(self.weight, power=2), 0.0)
+        self.information = self._information()
+
+    def correlated(self, noise_correlation: np.ndarray) -> Coadd:
+        """Return the same coadd with another correlation of its noise.
+
+        Parameters
+        ----------
+        noise_correlation : `numpy.ndarray`, (k, k)
+            Correlation by lag.
+
+        Returns
+        -------
+        coadd : `Coadd`
+            The coadd, which shares its images with this one.
+        """
+        other = copy.copy(self)
+        other.noise_correlation = noise_correlation
+        other.information = other._information()
+        return other
+
+    def _information(self) -> np.ndarray:
+        """Return the inverse variance of point-source fluxes, (y, x)."""
+        information = self.matched.copy()
+        for i, j in np.ndindex(self.psf.shape[:2]):
+            if np.isfinite(self.psf[i, j]).all():
+                cell = np.s_[i * self.height : (i + 1) * self.height, j * self.width : (j + 1) * self.width]
+                information[cell] /= self.noise_excess(self.psf[i, j])
+        return information
+
+    def noise_excess(self, weights: np.ndarray) -> float:
+        """Return the variance of a weighted sum of pixels over that of white noise of the same variance.
+
+        Parameters
+        ----------
+        weights : `numpy.ndarray`, (y, x)
+            Weights of neighbouring pixels of equal variance.
+
+        Returns
+        -------
+        excess : `float`
+            The ratio, 1 for white noise.
+        """
+        if self.noise_correlation.size == 1:
+            return 1.0
+        smooth = scipy.signal.fftconvolve(weights, self.noise_correlation, mode="full")
+        half = self.noise_correlation.shape[0] // 2
+        total = float((weights * smooth[half:-half, half:-half]).sum() / (weights**2).sum())
+        return max(total, 1e-3)  # a measured correlation need not be positive definite
+
+    def noise_products(self, templates: Sequence[Stamp]) -> scipy.sparse.csr_array:
+        """Return ``T^T W C W T``, the covariance of the projections of the data on templates.
+
+        Parameters
+        ----------
+        templates : `~collections.abc.Sequence` [`Stamp`]
+            The templates T.
+
+        Returns
+        -------
+        products : `scipy.sparse.csr_array`, (template, template)
+            The covariance in nJy^-2, with C of the variance and the correlation of the coadd.
+        """
+        factor = self.weight * np.sqrt(self.variance)
+        half = self.noise_correlation.shape[0] // 2
+        scaled = [t._replace(array=t.array * factor[t.slices]) for t in templates]
+        design = _design_matrix(scaled, self.shape)
+        if half == 0:
+            return (design.T @ design).tocsr()
+        smooth = [
+            Stamp(
+                t.y0 - half,
+                t.x0 - half,
+                scipy.signal.fftconvolve(t.array, self.noise_correlation, mode="full"),
+            ).cropped(self.shape)
+            for t in scaled
+        ]
+        products = design.T @ _design_matrix(smooth, self.shape)
+        return (0.5 * (products + products.T)).tocsr()
 
     def cell(self, y: float, x: float) -> tuple[int, int]:
         """Return the cell that holds a position in array coordinates."""
@@ -193,8 +280,11 @@ class JointFit:
         """
         design = _design_matrix(templates, coadd.shape)
         weighted = scipy.sparse.diags_array(coadd.weight.ravel()) @ design
-        noise = weighted.T @ scipy.sparse.diags_array(coadd.variance.ravel()) @ weighted
-        return cls((weighted.T @ design).tocsr(), weighted.T @ coadd.image.ravel(), noise.tocsr())
+        return cls(
+            (weighted.T @ design).tocsr(),
+            weighted.T @ coadd.image.ravel(),
+            coadd.noise_products(templates),
+        )
 
     def combined(self, mixing: scipy.sparse.csr_array) -> JointFit:
         """Return the fit whose parameters are mixtures (old, new) of these."""
@@ -228,7 +318,7 @@ class JointFit:
             block = np.ix_(members, members)
             inverse = np.linalg.pinv(self.normal[block].toarray(), hermitian=True)
             variance[members] = np.einsum("ij,jk,ki->i", inverse, self.noise[block].toarray(), inverse)
-        return np.sqrt(variance)
+        return np.sqrt(np.maximum(variance, 0.0))
 
 
 def _design_matrix(stamps: Sequence[Stamp], shape: tuple[int, int]) -> scipy.sparse.csc_array:

@@ -17,7 +17,7 @@ number is then fitted to ``D``, with the errors of the data.
 
 from __future__ import annotations
 
-__all__ = ("APERTURES", "MeasureInputs", "measure_sources", "peak_offset")
+__all__ = ("APERTURES", "MeasureInputs", "adaptive_moments", "measure_sources", "peak_offset")
 
 import dataclasses
 import math
@@ -32,6 +32,7 @@ from astropy.table import Column, Table
 
 from .deblend import BLEND, DetectionSettings, detect_sources, significance
 from .joint_fit import Coadd, JointFit, Stamp, render
+from .total_flux import SYSTEMATIC_FLOOR, total_fluxes
 
 APERTURES = (1.0, 1.5, 2.5)
 """Radii of the aperture fluxes, in units of the FWHM of the coadd PSF at the source."""
@@ -44,8 +45,22 @@ _COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
     "y_err": (float, u.pix, "Standard error of y from the noise of the data."),
     "ra": (float, u.deg, "Right ascension (ICRS)."),
     "dec": (float, u.deg, "Declination (ICRS)."),
-    "flux": (float, u.nJy, "Total flux: joint fit of the sources' own shapes to the data."),
-    "flux_err": (float, u.nJy, "Standard error of flux from the noise of the data, neighbours included."),
+    "flux": (float, u.nJy, "Total flux: joint fit of PSFs, discs and the sources' own shapes to the data."),
+    "flux_err": (
+        float,
+        u.nJy,
+        "Standard error of flux: noise of the data with its covariance, neighbours, and flux_template_err.",
+    ),
+    "flux_template_err": (
+        float,
+        u.nJy,
+        "Part of flux_err from the templates of the source and of its neighbours.",
+    ),
+    "flux_sys_err": (
+        float,
+        u.nJy,
+        "Systematic error of flux from PSF models and flux scale, 0.5 % of it; not in flux_err.",
+    ),
     "psf_flux": (float, u.nJy, "Point-source flux: joint fit of the coadd PSF to the data at all positions."),
     "psf_flux_err": (float, u.nJy, "Standard error of psf_flux."),
     **{
@@ -78,6 +93,7 @@ _COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
     "flag_saturated": (bool, None, "A pixel in the core of the source is saturated in a visit."),
     "flag_clipped": (bool, None, "A pixel in the core of the source was rejected as an outlier in a visit."),
     "flag_prior_carried": (bool, None, "The prior and not the data carries at least half of the core."),
+    "flag_extended": (bool, None, "Wider than the PSF by more than 3 standard errors."),
     "flag_blended": (bool, None, "Shares light with another source of the catalogue."),
     "flag_residual_only": (
         bool,
@@ -163,10 +179,11 @@ def measure_sources(
 
     *Flux.* Each pixel of ``x`` is shared between the sources that reach it in proportion to ``min(x(p),
     x(p'))``, with p' the mirror image of p about the source (the deblender of SDSS, Lupton 2001). A piece,
-    carried to the coadd PSF and normalised to unit sum, is the template ``T_j`` of its source. All fluxes
-    are one linear fit, ``f = N^-1 T^T W D`` with ``N = T^T W T``; their errors are the diagonal of ``N^-1
-    T^T W C W T N^-1``, with ``C`` the variance of the data. ``W`` is one weight a cell, so that the photon
-    noise of a pixel does not bias the flux.
+    carried to the coadd PSF and normalised to unit sum, is the template ``T_j`` of its source, unless the PSF
+    or a disc serves better (see `~lsst.coadd.deepprior.total_flux.total_fluxes`). All fluxes are one linear
+    fit, ``f = N^-1 T^T W D`` with ``N = T^T W T``; their noise is the diagonal of ``N^-1 T^T W C W T N^-1``,
+    with ``C`` the covariance of the data: variances, and the correlation of neighbouring pixels. ``W`` is one
+    weight a cell, so that the photon noise of a pixel does not bias the flux.
 
     *Position.* The centroid on ``x`` plus the linear fit of the templates' gradients to what is left of
     ``D``, so that a centroid that the prior has pulled is put right; the error is that of the fit.
@@ -192,11 +209,11 @@ def measure_sources(
         return _table({name: np.zeros(0) for name in _COLUMNS})
 
     flux = fit.solution()
-    columns: dict[str, np.ndarray] = {"flux": flux, "flux_err": fit.errors()}
+    columns: dict[str, np.ndarray] = {}
     n = len(templates)
     shapes = np.full((n, 5), np.nan)
     for k, piece in enumerate(pieces):
-        shapes[k] = _adaptive_moments(piece, inputs.target_sigma)
+        shapes[k] = adaptive_moments(piece, inputs.target_sigma)
     for k in range(n_model, n):
         shapes[k, :2] = _centroid(templates[k])
     y, x = shapes[:, 0], shapes[:, 1]
@@ -211,6 +228,17 @@ def measure_sources(
     columns |= {"y_err": shift_err[0], "x_err": shift_err[1]}
 
     columns |= _point_and_aperture_fluxes(y, x, templates, flux, coadd)
+    points = [coadd.point(*position) for position in zip(y, x, strict=True)]
+    seen = [(coadd.weight[point.slices] * point.array**2).sum() > 0.0 for point in points]
+    points = [point if use else own for point, own, use in zip(points, templates, seen, strict=True)]
+    total = total_fluxes(points, templates, columns["coadd_fwhm"], coadd)
+    columns |= {
+        "flux": total.flux,
+        "flux_err": total.error,
+        "flux_template_err": total.template_error,
+        "flux_sys_err": SYSTEMATIC_FLOOR * np.abs(total.flux),
+        "flag_extended": total.extended,
+    }
     columns["flag_residual_only"] = np.arange(n) >= n_model
     columns["flag_blended"] = fit.correlation().max(axis=1).toarray().ravel() > BLEND
     columns |= _core_flags(y, x, columns["coadd_fwhm"], coadd.good, inputs.planes)
@@ -227,7 +255,7 @@ def measure_sources(
         & (x >= inner_x.start - 0.5)
         & (x < inner_x.stop - 0.5)
     )
-    order = np.argsort(-flux, kind="stable")
+    order = np.argsort(-columns["flux"], kind="stable")
     columns = {name: values[order] for name, values in columns.items()}
     columns["id"] = np.arange(1, n + 1)
     return _table(columns)
@@ -251,8 +279,9 @@ def _missed(
     basis = [*templates, *_slopes(templates)]
     fitted = render(basis, JointFit.of(basis, coadd).solution() if basis else np.zeros(0), coadd.shape)
     error = 1.0 / np.sqrt(np.maximum(coadd.information, 1e-30))
-    flux = coadd.correlate(coadd.weight * (coadd.image - fitted), power=1) * error**2
-    floor = settings.psf_error * np.abs(coadd.correlate(coadd.weight * fitted, power=1)) * error**2
+    matched = np.maximum(coadd.matched, 1e-30)
+    flux = coadd.correlate(coadd.weight * (coadd.image - fitted), power=1) / matched
+    floor = settings.psf_error * np.abs(coadd.correlate(coadd.weight * fitted, power=1)) / matched
     size = 2 * max(1, round(np.nanmedian(coadd.fwhm))) + 1
     significant = coadd.good & (flux >= settings.min_snr * np.hypot(error, floor))
     peaks = significant & (flux / error == scipy.ndimage.maximum_filter(flux / error, size))
@@ -296,9 +325,23 @@ def _centroid(stamp: Stamp) -> tuple[float, float]:
     return stamp.y0 + y, stamp.x0 + x
 
 
-def _adaptive_moments(piece: Stamp, sigma: float) -> np.ndarray:
-    """Return ``y, x, iyy, ixx, ixy`` under the elliptical Gaussian weight that fits the piece.
+def adaptive_moments(piece: Stamp, sigma: float) -> np.ndarray:
+    """Return moments under the elliptical Gaussian weight that fits a piece of the restored image.
 
+    Parameters
+    ----------
+    piece : `~lsst.coadd.deepprior.joint_fit.Stamp`
+        The piece.
+    sigma : `float`
+        Sigma in pixels of its Gaussian PSF.
+
+    Returns
+    -------
+    moments : `numpy.ndarray`, (5,)
+        Position ``y, x`` in pixels, and second moments ``iyy, ixx, ixy`` in pixel^2.
+
+    Notes
+    -----
     A Gaussian gives its own covariance (Bernstein & Jarvis 2002). The iteration runs on the piece smoothed
     once more with its PSF, which the result is corrected for: pixels do not sample narrower weights. Where
     it does not settle, the moments are NaN and the position is the centroid.
@@ -341,6 +384,7 @@ def _point_and_aperture_fluxes(
     scale = np.array([coadd.fwhm[coadd.cell(*position)] for position in zip(y, x, strict=True)])
     columns = {"psf_flux": psf_flux[0], "psf_flux_err": psf_flux[1], "coadd_fwhm": scale}
 
+    excess = {width: _aperture_excess(coadd, width) for width in np.unique(scale)}
     left = np.where(coadd.good, coadd.image - render(templates, flux, coadd.shape), 0.0)
     sums = np.full((n, len(APERTURES), 2), np.nan)
     for k, own in enumerate(templates):
@@ -350,10 +394,19 @@ def _point_and_aperture_fluxes(
             left, *centres, scale[k] * np.array(APERTURES), var=coadd.variance, mask=~coadd.good, subpix=0
         )
         left[own.slices] -= flux[k] * own.array
-        sums[k] = np.transpose([total, error])
+        sums[k] = np.transpose([total, error * np.sqrt(excess[scale[k]])])
     for a in range(len(APERTURES)):
         columns[f"ap{a + 1}_flux"], columns[f"ap{a + 1}_flux_err"] = sums[:, a].T
     return columns
+
+
+def _aperture_excess(coadd: Coadd, width: float) -> np.ndarray:
+    """Return the factors by which the correlation of noise changes the variances of aperture fluxes."""
+    excess = []
+    for radius in width * np.array(APERTURES):
+        reach = np.arange(-math.ceil(radius), math.ceil(radius) + 1)
+        excess.append(coadd.noise_excess((np.hypot(reach[:, None], reach) <= radius).astype(float)))
+    return np.array(excess)
 
 
 def _core_flags(

@@ -10,29 +10,18 @@ from __future__ import annotations
 __all__ = ("CoaddLayers", "NoisyModel", "coadd_layers", "entering_visits", "local_variance")
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import scipy.ndimage
 import torch
-import torch.nn.functional
 
+from .noise_correlation import correlated_noise
 from .observation import Observation
-from .psf import gaussian_stamp
+from .operators import CellLayout
+from .outliers import OUTLIER_PSF_ERROR, Outlier, find_outliers, outliers_of_visit
 from .statistics import PatchData
-
-_OUTLIER_SIGMA = 5.5
-"""Significance of an outlier; noise alone reaches it in one pixel of 30 million."""
-
-_OUTLIER_RIM_SIGMA = 2.5
-"""Significance of the pixels around an outlier that are rejected with it."""
-
-_OUTLIER_PSF_ERROR = 0.1
-"""Relative error granted to the model where outliers are judged, so that a star that moved by a tenth of a
-pixel, or varies by some per cent, is not rejected."""
-
-_OUTLIER_SMOOTHING = 1.5
-"""Sigma in pixels of the Gaussian that gathers faint trails, a little narrower than usual seeing."""
 
 _MIN_VISITS_FOR_OUTLIERS = 3
 
@@ -59,6 +48,8 @@ class CoaddLayers:
         Whether a visit of the cell was masked, or rejected as an outlier, in the pixel.
     weight : `numpy.ndarray`, (visit, i, j)
         Weight of a visit in a cell; 0 where it does not enter.
+    outliers : `list` [`~lsst.coadd.deepprior.outliers.Outlier`]
+        What was rejected, visit by visit.
     chi2 : `float`
         Mean of ((data - model) / noise)^2 over the accepted pixels.
     """
@@ -72,6 +63,7 @@ class CoaddLayers:
     masked: np.ndarray
     clipped: np.ndarray
     weight: np.ndarray
+    outliers: list[Outlier]
     chi2: float
 
 
@@ -88,27 +80,6 @@ def entering_visits(data: PatchData) -> np.ndarray:
     """
     overlap = np.where(data.weight > 0.0, data.overlap, 0.0)
     return (overlap > 0.0) & (overlap >= overlap.max(axis=0) - 1e-9)
-
-
-def _outliers(residual: torch.Tensor, scale: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
-    """Find pixels far from the model, single (cosmic rays) or together (trails), with their neighbourhood."""
-    deviation = torch.where(good, residual / scale, 0.0)
-    kernel = torch.as_tensor(gaussian_stamp(_OUTLIER_SMOOTHING), dtype=scale.dtype, device=scale.device)
-    # No pixel counts for more than an outlier, so that a cosmic ray rejects its own surroundings only.
-    bounded = deviation.clamp(-_OUTLIER_SIGMA, _OUTLIER_SIGMA)
-    smooth, norm = (
-        torch.nn.functional.conv2d(image[None, None], k[None, None], padding=k.shape[-1] // 2)[0, 0]
-        for image, k in ((bounded, kernel), (good.to(scale.dtype), kernel.square()))
-    )
-    together = torch.where(good, smooth / norm.clamp_min(1e-6).sqrt(), 0.0)
-    return _grown_peaks(deviation.abs(), 1) | _grown_peaks(together.abs(), 3)
-
-
-def _grown_peaks(significance: torch.Tensor, reach: int) -> torch.Tensor:
-    """Return pixels above `_OUTLIER_RIM_SIGMA` within some pixels of one above `_OUTLIER_SIGMA`."""
-    peaks = (significance > _OUTLIER_SIGMA).to(significance.dtype)
-    near = torch.nn.functional.max_pool2d(peaks[None, None], 2 * reach + 1, stride=1, padding=reach)[0, 0] > 0
-    return near & (significance > _OUTLIER_RIM_SIGMA)
 
 
 def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[Observation]) -> CoaddLayers:
@@ -140,6 +111,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
     count, n_good, n_rejected, n_entering = (np.zeros(layout.shape, dtype=np.int16) for _ in range(4))
     reject = int((data.weight > 0.0).any(axis=(1, 2)).sum()) >= _MIN_VISITS_FOR_OUTLIERS
     psf = np.zeros((layout.n_i, layout.n_j, 1, 1))
+    found: list[Outlier] = []
     for index, visit in data.visits():
         prediction = visit.kernel.forward(latent)
         residual = visit.flux - prediction
@@ -164,9 +136,11 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         count += w > 0
         n_entering += pixel_weight > 0
         if reject:
-            outlier = _outliers(residual, data.scale(visit, prediction, _OUTLIER_PSF_ERROR), good)
+            outlier = find_outliers(residual, data.scale(visit, prediction, OUTLIER_PSF_ERROR), good)
             outlier = outlier[inner].cpu().numpy() & (w > 0)
             n_rejected += outlier
+            psf_at = functools.partial(_stamp_at, observations[index].psf, layout)
+            found += outliers_of_visit(index, outlier, difference, variance, w > 0, psf_at)
             accepted_total += terms * ~outlier
         psf = _add_stamps(psf, weight[index][:, :, None, None] * np.nan_to_num(observations[index].psf))
     # Where half of the visits or more are far from the model, it is the model that is wrong.
@@ -186,8 +160,14 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         masked=n_visits < n_entering,
         clipped=clipped,
         weight=weight,
+        outliers=[one for one in found if clipped[one.pixels].any()],
         chi2=float(total[4].sum()) / max(int(n_visits.sum()), 1),
     )
+
+
+def _stamp_at(stamps: np.ndarray, layout: CellLayout, y: float, x: float) -> np.ndarray:
+    """Return the stamp of the cell that holds a position in the array of the patch."""
+    return stamps[round(y) // layout.height, round(x) // layout.width]
 
 
 def _add_stamps(total: np.ndarray, stamps: np.ndarray) -> np.ndarray:
@@ -199,7 +179,7 @@ def _add_stamps(total: np.ndarray, stamps: np.ndarray) -> np.ndarray:
 
 
 class NoisyModel(Sequence[Observation]):
-    """The visits as they would be if the model were true: K u plus new white noise of their own variance.
+    """The visits as they would be if the model were true: K u plus new noise like their own.
 
     Parameters
     ----------
@@ -211,15 +191,24 @@ class NoisyModel(Sequence[Observation]):
         Latent image u on the canvas, in nJy.
     seed : `int`
         Seed of the noise; a visit has the same noise whenever it is read.
+    correlations : `numpy.ndarray`, (visit, k, k)
+        Correlation of the noise of each visit (see
+        `~lsst.coadd.deepprior.noise_correlation.visit_correlations`).
     """
 
     def __init__(
-        self, observations: Sequence[Observation], data: PatchData, latent: torch.Tensor, seed: int
+        self,
+        observations: Sequence[Observation],
+        data: PatchData,
+        latent: torch.Tensor,
+        seed: int,
+        correlations: np.ndarray,
     ) -> None:
         self._observations = observations
         self._data = data
         self._latent = latent
         self._seed = seed
+        self._correlations = correlations
 
     def __len__(self) -> int:
         return len(self._observations)
@@ -232,7 +221,7 @@ class NoisyModel(Sequence[Observation]):
             self._data.visit(index).kernel.forward(self._latent)[y : y + ny, x : x + nx].cpu().numpy()
         )
         rng = np.random.default_rng([self._seed, index])
-        noise = rng.standard_normal((ny, nx), dtype=np.float32)
+        noise = correlated_noise((ny, nx), self._correlations[index], rng)
         sigma = np.sqrt(np.where(original.good, original.variance, 0.0))
         return dataclasses.replace(original, flux=(prediction + noise * sigma).astype(np.float32))
 
@@ -248,7 +237,8 @@ def local_variance(
     Parameters
     ----------
     differences : `~collections.abc.Sequence` [`numpy.ndarray`], (y, x)
-        Independent realisations of the noise of the image; their mean is subtracted if there are several.
+        Independent realisations of the noise of the image. Their mean is a part of it and is not subtracted:
+        that ``x`` loses some of its own noise when it is restored again tells how much noise it holds.
     image : `numpy.ndarray`, (y, x)
         The image, not negative.
     noise : `float`
@@ -264,8 +254,7 @@ def local_variance(
     if not differences:
         raise ValueError("A variance needs at least one realisation of the noise.")
     scale = noise**2 + noise * image.astype(np.float64)
-    draws = np.array(differences, dtype=np.float64)
-    mean_square = draws.var(axis=0, ddof=1) if len(draws) > 1 else draws[0] ** 2
+    mean_square = np.mean([difference.astype(np.float64) ** 2 for difference in differences], axis=0)
     return (scale * scipy.ndimage.gaussian_filter(mean_square / scale, smoothing, mode="reflect")).astype(
         np.float32
     )

@@ -36,6 +36,8 @@ class Observation:
         Position ``(y0, x0)`` of ``flux[0, 0]`` in the array of the patch.
     name : `str`
         What messages call the visit.
+    noise : `numpy.ndarray`, (y, x), float32, optional
+        Image of noise alone in nJy, resampled like ``flux``.
 
     Raises
     ------
@@ -50,6 +52,7 @@ class Observation:
     psf: np.ndarray
     origin: tuple[int, int]
     name: str
+    noise: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if (
@@ -60,6 +63,11 @@ class Observation:
             raise ValueError(
                 f"{self.name}: flux {self.flux.shape}, variance {self.variance.shape} and good "
                 f"{self.good.shape} must be images of one shape."
+            )
+        if self.noise is not None and self.noise.shape != self.flux.shape:
+            raise ValueError(
+                f"{self.name}: the noise image is {self.noise.shape} and the flux {self.flux.shape}; they "
+                "must be equal."
             )
         if self.psf.ndim != 4 or self.psf.shape[2] != self.psf.shape[3] or self.psf.shape[2] % 2 == 0:
             raise ValueError(

@@ -30,12 +30,17 @@ from .batches import Batches
 from .conditions import patch_conditions
 from .data_steps import data_steps
 from .fit import mean_latent_image
+from .joint_fit import Coadd
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
+from .noise_correlation import visit_correlations
 from .observation import Observation
 from .operators import CellLayout
+from .outliers import Outlier
 from .point_sources import PointSources, point_sources
+from .prior_carried import prior_carried
 from .psf import FWHM_PER_SIGMA, gaussian_stamp, target_sigma
+from .psf_check import injected_latent, measure_leakage, place_stars
 from .scratch import fit_scratch
 from .statistics import NothingToRestoreError, PatchData, VisitSets
 from .weights import TrainedNetwork
@@ -48,9 +53,6 @@ Progress = Callable[[str, int, int, float], None]
 
 MARGIN = 16
 """Width in pixels of the canvas around the patch, for the light of sources just outside."""
-
-_N_PUBLISHED = 1
-"""Number of noise realisations that are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,11 @@ class RestoreSettings:
     psf_error : `float`
         Relative error of the PSF models, a part of the predicted flux.
     n_variance_draws : `int`
-        Noise realisations behind the variance plane.
+        Least number of noise realisations behind the variance plane.
+    n_noise_realizations : `int`
+        Number of noise realisations that are returned; if it is the larger, so many are drawn.
+    check_psf : `bool`
+        Restore once more with injected stars and compare their PSF with the target.
     seed : `int`
         Seed of all random numbers.
     """
@@ -90,6 +96,8 @@ class RestoreSettings:
     huber_delta: float = 1.5
     psf_error: float = 0.01
     n_variance_draws: int = 4
+    n_noise_realizations: int = 1
+    check_psf: bool = True
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -99,6 +107,7 @@ class RestoreSettings:
             ("refresh_every", 1),
             ("n_splits", 1),
             ("n_variance_draws", 1),
+            ("n_noise_realizations", 0),
             ("seed", 0),
         ):
             if getattr(self, name) < least:
@@ -129,16 +138,20 @@ class Restoration:
         visit is.
     residual_psf : `numpy.ndarray`, (cell_i, cell_j, k, k)
         PSF of both; NaN in cells without a visit.
-    noise_realizations : `list` [`numpy.ndarray`], float32
-        Realisations of the noise of ``image``, in nJy.
+    noise_realizations, residual_noise_realizations : `list` [`numpy.ndarray`], float32
+        Realisations of the noise of ``image`` and of ``residual``, in nJy. Those of one place have the same
+        noise of the visits: carried to the PSF of the coadd and added, they are that of the plain coadd.
     n_visits : `numpy.ndarray`, int16
         Number of visits with an accepted pixel in the coadds.
     n_good : `numpy.ndarray`, int16
         Number of visits with a good pixel; 0 where no visit constrains ``image``.
     masked, clipped : `numpy.ndarray`, bool
         Whether a visit was masked, or rejected as an outlier, in the pixel.
+    outliers : `list` [`~lsst.coadd.deepprior.outliers.Outlier`]
+        What was rejected, visit by visit.
     prior_carried : `numpy.ndarray`, bool
-        Pixels that no visit constrains: x is what the prior makes of their surroundings.
+        Pixels whose structure the prior and not the data carries, also those that no visit constrains (see
+        `~lsst.coadd.deepprior.prior_carried.prior_carried`).
     cell_weight : `numpy.ndarray`, (visit, cell_i, cell_j)
         Weight of a visit in the coadd of a cell, 0 where it does not enter (1/nJy^2).
     cell_good_fraction, cell_overlap : `numpy.ndarray`, (visit, cell_i, cell_j)
@@ -158,10 +171,12 @@ class Restoration:
     residual_variance: np.ndarray
     residual_psf: np.ndarray
     noise_realizations: list[np.ndarray]
+    residual_noise_realizations: list[np.ndarray]
     n_visits: np.ndarray
     n_good: np.ndarray
     masked: np.ndarray
     clipped: np.ndarray
+    outliers: list[Outlier]
     prior_carried: np.ndarray
     cell_weight: np.ndarray
     cell_good_fraction: np.ndarray
@@ -278,9 +293,16 @@ def restore(
     layers = coadd_layers(data, latent, observations)
     times["coadd"] = time.monotonic() - mark
     mark = time.monotonic()
-    variance, draws = _variance(observations, data, latent, sets, net, settings, progress)
+    variance, draws, residual_draws = _variance(observations, data, latent, sets, net, settings, progress)
     times["noise"] = time.monotonic() - mark
+    mark = time.monotonic()
+    leakage = (
+        _leakage(observations, data, latent, sets, net, settings, draws[0]) if settings.check_psf else []
+    )
+    times["psf"] = time.monotonic() - mark
     covered = layers.n_good > 0
+    plain = Coadd(image, sigma, layers.residual, layers.variance, layers.psf)
+    carried = prior_carried(image, variance, layers.n_good, plain)
     times["total"] = time.monotonic() - started
     return Restoration(
         image=image,
@@ -291,12 +313,14 @@ def restore(
         residual=layers.residual,
         residual_variance=layers.variance,
         residual_psf=layers.psf,
-        noise_realizations=draws[:_N_PUBLISHED],
+        noise_realizations=draws[: settings.n_noise_realizations],
+        residual_noise_realizations=residual_draws,
         n_visits=layers.n_visits,
         n_good=layers.n_good,
         masked=layers.masked,
         clipped=layers.clipped,
-        prior_carried=~covered,
+        outliers=layers.outliers,
+        prior_carried=carried,
         cell_weight=layers.weight,
         cell_good_fraction=data.good_fraction,
         cell_overlap=data.overlap,
@@ -314,6 +338,7 @@ def restore(
             settings,
             curves,
             times,
+            leakage,
         ),
     )
 
@@ -342,21 +367,46 @@ def _variance(
     net: Trunk | None,
     settings: RestoreSettings,
     progress: Progress | None,
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Restore new noise on the model itself; return the variance of what changes, and the changes."""
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Restore new noise on the model itself; return the variance of what changes, and what to publish."""
     image = _image(data, latent)
-    differences = []
-    for draw in range(settings.n_variance_draws):
-        noisy = data.with_observations(
-            NoisyModel(observations, data, latent, settings.seed + 1000 * (draw + 1))
-        )
+    correlations = visit_correlations(data, latent, observations)
+    differences, residuals = [], []
+    n_draws = max(settings.n_variance_draws, settings.n_noise_realizations)
+    for draw in range(n_draws):
+        model = NoisyModel(observations, data, latent, settings.seed + 1000 * (draw + 1), correlations)
+        noisy = data.with_observations(model)
         solution = maximum_likelihood(noisy, sets, steps=settings.base_steps)
         again = _latent(noisy, sets, net, encoder_features(solution)[0])
         differences.append(_image(data, again.latent) - image)
+        if draw < settings.n_noise_realizations:
+            residuals.append(coadd_layers(noisy, again.latent, observations).residual)
         if progress is not None:
-            progress("noise", draw + 1, settings.n_variance_draws, float(np.std(differences[-1])))
+            progress("noise", draw + 1, n_draws, float(np.std(differences[-1])))
     depth = data.weight.sum(axis=0)
-    return local_variance(differences, image, float(np.median(depth[depth > 0.0])) ** -0.5), differences
+    variance = local_variance(differences, image, float(np.median(depth[depth > 0.0])) ** -0.5)
+    return variance, differences, residuals
+
+
+def _leakage(
+    observations: Sequence[Observation],
+    data: PatchData,
+    latent: torch.Tensor,
+    sets: VisitSets,
+    net: Trunk | None,
+    settings: RestoreSettings,
+    first_draw: np.ndarray,
+) -> list[dict[str, Any]]:
+    """Restore the first noise realisation once more, with stars in it; compare them with the target PSF."""
+    image = _image(data, latent)
+    stars = place_stars(data, observations, image, settings.seed)
+    with_stars = latent + injected_latent(data, stars)
+    correlations = visit_correlations(data, latent, observations)
+    model = NoisyModel(observations, data, with_stars, settings.seed + 1000, correlations)
+    noisy = data.with_observations(model)
+    solution = maximum_likelihood(noisy, sets, steps=settings.base_steps)
+    again = _latent(noisy, sets, net, encoder_features(solution)[0])
+    return measure_leakage(_image(data, again.latent) - (image + first_draw), stars, data.sigma)
 
 
 def _metrics(
@@ -372,6 +422,7 @@ def _metrics(
     settings: RestoreSettings,
     curves: dict[str, list[float]],
     times: dict[str, float],
+    leakage: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Collect the numbers of the run."""
     covered = layers.n_good > 0
@@ -387,6 +438,7 @@ def _metrics(
             "visit_fwhm_pixels": {
                 observation.name: float(s) for observation, s in zip(observations, data.seeing, strict=True)
             },
+            "injected_stars": leakage,
         },
         "noise": {
             "coadd_sigma_nJy": _root_median(layers.variance[seen]),

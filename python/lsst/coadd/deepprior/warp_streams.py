@@ -106,9 +106,10 @@ class WarpObservations(Sequence[Observation]):
             Its observation.
         """
         self._indices.append(index)
-        size = sum(
-            a.nbytes for a in (observation.flux, observation.variance, observation.good, observation.psf)
-        )
+        arrays = [observation.flux, observation.variance, observation.good, observation.psf]
+        if observation.noise is not None:
+            arrays.append(observation.noise)
+        size = sum(array.nbytes for array in arrays)
         if size <= self._room:
             self._room -= size
             self._kept[index] = observation

@@ -271,6 +271,7 @@ class Warp:
             psf=self.psf_stamps,
             origin=(self.bbox.y.start - start.y, self.bbox.x.start - start.x),
             name=self.label,
+            noise=self.noise[0] if self.noise else None,
         )
 
     @classmethod

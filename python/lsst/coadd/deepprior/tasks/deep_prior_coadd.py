@@ -30,7 +30,7 @@ from lsst.pipe.base import (
 )
 from lsst.pipe.base.connectionTypes import Output, PrerequisiteInput
 
-from ..coadd import InputPlanes, make_coadds
+from ..coadd import InputPlanes, make_coadds, mask_shares
 from ..fit_checkpoint import checkpoint_file
 from ..network_dataset import NETWORK_DATASET_TYPE, NETWORK_STORAGE_CLASS, network_from_dataset
 from ..psf import FWHM_PER_SIGMA
@@ -38,7 +38,7 @@ from ..warp_streams import WarpObservations, cell_layout
 from ..warps import Warp, WarpInfo
 from .direct_warp_inputs import DirectWarpConfig, DirectWarpConnections, read_warps
 from .execution import restore_on_node
-from .geometry import pixel_scale
+from .geometry import pixel_scale, pixel_to_sky
 
 if TYPE_CHECKING:
     from ..restore import Restoration
@@ -66,6 +66,12 @@ class DeepPriorCoaddConnections(DirectWarpConnections, dimensions=("tract", "pat
         doc="Coadd of data minus model, with the PSF and variance of the plain coadd.",
         name="deep_prior_residual",
         storageClass="CellCoadd",
+        dimensions=("tract", "patch", "band", "skymap"),
+    )
+    outliers = Output(
+        doc="What single visits show and the sky does not, CLIPPED in the coadds: transients, satellites.",
+        name="deep_prior_coadd_outliers",
+        storageClass="ArrowAstropy",
         dimensions=("tract", "patch", "band", "skymap"),
     )
     metrics = Output(
@@ -192,9 +198,27 @@ class DeepPriorCoaddConfig(
     )
     n_variance_draws = RangeField(
         dtype=int,
-        doc="Number of times that simulated noise is restored to measure the variance plane. The plane's "
-        "own relative error falls with its root; each costs as much as one base image.",
+        doc="Least number of times that simulated noise is restored for the variance plane, whose relative "
+        "error falls with its root; each costs as much as one base image.",
         default=4,
+        min=1,
+    )
+    n_noise_realizations = RangeField(
+        dtype=int,
+        doc="Number of noise realisations that are stored with the restored image and the residual, with the "
+        "correlation between pixels of the warps. More than n_variance_draws cost more draws.",
+        default=1,
+        min=0,
+    )
+    check_psf = Field[bool](
+        doc="Whether stars are injected into the visits and their PSF on the restored image is compared with "
+        "the advertised one, for the metrics. It costs as much as one more noise realisation.",
+        default=True,
+    )
+    min_visits = RangeField(
+        dtype=int,
+        doc="Cells with fewer visits get the plane FEW_VISITS; outliers are rejected from three visits on.",
+        default=3,
         min=1,
     )
     seed = RangeField(
@@ -326,7 +350,8 @@ class DeepPriorCoaddTask(PipelineTask):
         Returns
         -------
         result : `lsst.pipe.base.Struct`
-            ``coadd`` and ``residual`` (`lsst.images.cells.CellCoadd`) and ``metrics`` (`dict`).
+            ``coadd``, ``residual`` (`lsst.images.cells.CellCoadd`), ``outliers`` (`astropy.table.Table`) and
+            ``metrics`` (`dict`).
 
         Raises
         ------
@@ -339,6 +364,7 @@ class DeepPriorCoaddTask(PipelineTask):
         """
         import torch
 
+        from ..outliers import outlier_table
         from ..restore import RestoreSettings
 
         started = time.monotonic()
@@ -408,8 +434,16 @@ class DeepPriorCoaddTask(PipelineTask):
             **{name: value for name, value in dataclasses.asdict(settings).items() if value is not None},
         }
         coadd, residual = make_coadds(
-            restoration, infos, planes, sky_projection=sky_projection, band=band, metadata=metadata
+            restoration,
+            infos,
+            planes,
+            sky_projection=sky_projection,
+            band=band,
+            min_visits=self.config.min_visits,
+            metadata=metadata,
         )
+        start_pixel = coadd.bbox.y.start, coadd.bbox.x.start
+        outliers = outlier_table(restoration.outliers, infos, start_pixel, pixel_to_sky(sky_projection))
         fwhm = restoration.metrics["psf"]["visit_fwhm_pixels"]
         metrics: dict[str, Any] = restoration.metrics | {
             "network": restoration.metrics["network"] | start,
@@ -425,12 +459,13 @@ class DeepPriorCoaddTask(PipelineTask):
                 for info, good in zip(infos, restoration.cell_good_fraction, strict=True)
             ],
             "left_out": left_out,
+            "mask_fractions": mask_shares(coadd),
         }
         metrics["seconds"] |= {"input": read_seconds, "task": time.monotonic() - started}
         self.metadata["n_warps_used"] = len(infos)
         self.metadata["n_warps_left_out"] = len(left_out)
         self.log.info("%s: restored in %.0f s.", label, metrics["seconds"]["task"])
-        return Struct(coadd=coadd, residual=residual, metrics=metrics)
+        return Struct(coadd=coadd, residual=residual, outliers=outliers, metrics=metrics)
 
     def _packaged_network(self) -> TrainedNetwork:
         """Read the network that comes with the package."""

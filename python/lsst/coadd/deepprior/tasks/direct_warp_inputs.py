@@ -72,7 +72,8 @@ class DirectWarpConfig(WarpFormConfig):
     n_noise_warps = RangeField(
         dtype=int,
         doc="Number of noise realisations that are read with each direct warp. They are part of the warp "
-        "that the task is given; the restoration draws its own noise and needs none.",
+        "that the task is given; the restoration measures on the first how noise is correlated between "
+        "pixels, and on blank sky where there is none.",
         default=0,
         min=0,
     )

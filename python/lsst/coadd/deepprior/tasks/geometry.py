@@ -7,15 +7,20 @@
 
 from __future__ import annotations
 
-__all__ = ("pixel_scale", "plain_coadd", "psf_stamps")
+__all__ = ("pixel_scale", "pixel_to_sky", "plain_coadd", "psf_stamps")
+
+from collections.abc import Callable
 
 import numpy as np
 
 from lsst.images import XY, Box, SkyProjection
 from lsst.images.cells import CellCoadd
 
-from ..joint_fit import Coadd
+from ..joint_fit import Coadd, Stamp
 from ..psf import FWHM_PER_SIGMA, fwhm
+
+_SKY = 0.2
+"""Restored surface brightness, in units of the noise of the coadd, above which a pixel is no sky."""
 
 
 def pixel_scale(sky_projection: SkyProjection, bbox: Box) -> float:
@@ -38,6 +43,31 @@ def pixel_scale(sky_projection: SkyProjection, bbox: Box) -> float:
         sky_projection.pixel_to_sky(XY(x=x + dx, y=y + dy)) for dx, dy in ((0, 0), (1, 0), (0, 1))
     )
     return float(np.sqrt(corner.separation(right).arcsec * corner.separation(above).arcsec))
+
+
+def pixel_to_sky(
+    sky_projection: SkyProjection,
+) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Return a projection as a function of plain arrays.
+
+    Parameters
+    ----------
+    sky_projection : `lsst.images.SkyProjection`
+        Projection of the pixels to the sky.
+
+    Returns
+    -------
+    project : `~collections.abc.Callable`
+        Function of pixel positions x and y that returns right ascension and declination in degrees.
+    """
+
+    def project(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if len(x) == 0:  # the projection does not take empty arrays
+            return np.zeros(0), np.zeros(0)
+        sky = sky_projection.pixel_to_sky(XY(x=x, y=y))
+        return sky.ra.deg, sky.dec.deg
+
+    return project
 
 
 def psf_stamps(coadd: CellCoadd) -> np.ndarray:
@@ -63,6 +93,9 @@ def psf_stamps(coadd: CellCoadd) -> np.ndarray:
 def plain_coadd(coadd: CellCoadd, residual: CellCoadd) -> tuple[Coadd, float]:
     """Put the plain coadd together again from a restored patch.
 
+    The correlation of its noise is measured on the first noise realisation, carried together like the image,
+    or, without any, on the residual where the restored image shows no source.
+
     Parameters
     ----------
     coadd : `lsst.images.cells.CellCoadd`
@@ -77,7 +110,19 @@ def plain_coadd(coadd: CellCoadd, residual: CellCoadd) -> tuple[Coadd, float]:
     target_sigma : `float`
         Sigma in pixels of the PSF of the restored image.
     """
+    from ..noise_correlation import noise_correlation
+
     target = psf_stamps(coadd)
     sigma = fwhm(target[np.isfinite(target[:, :, 0, 0])][0]) / FWHM_PER_SIGMA
     model = np.nan_to_num(coadd.image.array)
-    return Coadd(model, sigma, residual.image.array, residual.variance.array, psf_stamps(residual)), sigma
+    plain = Coadd(model, sigma, residual.image.array, residual.variance.array, psf_stamps(residual))
+    where = plain.good.copy()
+    if coadd.noise_realizations and residual.noise_realizations:
+        noise = [np.nan_to_num(one.noise_realizations[0].array) for one in (coadd, residual)]
+        deviation = plain.carry(Stamp(0, 0, noise[0])).array + noise[1]
+    else:
+        where &= model < _SKY * np.sqrt(plain.variance)
+        deviation = np.where(where, residual.image.array, 0.0)
+    deviation = deviation / np.sqrt(np.where(plain.good, plain.variance, 1.0))
+    correlation = noise_correlation(deviation, where)
+    return plain.correlated(correlation), sigma

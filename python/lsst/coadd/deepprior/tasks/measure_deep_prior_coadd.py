@@ -9,15 +9,12 @@ from __future__ import annotations
 
 __all__ = ("MeasureDeepPriorCoaddConfig", "MeasureDeepPriorCoaddConnections", "MeasureDeepPriorCoaddTask")
 
-import numpy as np
-
-from lsst.images import XY
 from lsst.images.cells import CellCoadd
-from lsst.pex.config import RangeField
+from lsst.pex.config import Field, RangeField
 from lsst.pipe.base import PipelineTask, PipelineTaskConfig, PipelineTaskConnections, Struct
 from lsst.pipe.base.connectionTypes import Input, Output
 
-from .geometry import plain_coadd
+from .geometry import pixel_to_sky, plain_coadd
 
 
 class MeasureDeepPriorCoaddConnections(
@@ -43,6 +40,16 @@ class MeasureDeepPriorCoaddConnections(
         storageClass="ArrowAstropy",
         dimensions=("tract", "patch", "band", "skymap"),
     )
+    measure_coadd = Output(
+        doc="Restored image plus residual, for measurement tasks that read one image only.",
+        name="deep_prior_measure_coadd",
+        storageClass="CellCoadd",
+        dimensions=("tract", "patch", "band", "skymap"),
+    )
+
+    def __init__(self, *, config: MeasureDeepPriorCoaddConfig) -> None:
+        if not config.write_measure_coadd:
+            del self.measure_coadd
 
 
 class MeasureDeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=MeasureDeepPriorCoaddConnections):
@@ -81,6 +88,11 @@ class MeasureDeepPriorCoaddConfig(PipelineTaskConfig, pipelineConnections=Measur
         default=0.02,
         min=0.0,
     )
+    write_measure_coadd = Field[bool](
+        doc="Whether the restored image plus the residual is written as deep_prior_measure_coadd. Fluxes in "
+        "it are those of the data, its PSF is inexact where the residual matters.",
+        default=False,
+    )
 
 
 class MeasureDeepPriorCoaddTask(PipelineTask):
@@ -103,14 +115,13 @@ class MeasureDeepPriorCoaddTask(PipelineTask):
         Returns
         -------
         result : `lsst.pipe.base.Struct`
-            ``sources`` (`astropy.table.Table`): see `~lsst.coadd.deepprior.measure.measure_sources`.
+            ``sources`` (`astropy.table.Table`): see `~lsst.coadd.deepprior.measure.measure_sources`.  If
+            the configuration asks for it, ``measure_coadd`` (`lsst.images.cells.CellCoadd`): see
+            `~lsst.coadd.deepprior.measure_coadd.make_measure_coadd`.
         """
         from ..deblend import DetectionSettings
         from ..measure import MeasureInputs, measure_sources
-
-        def pixel_to_sky(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            sky = coadd.sky_projection.pixel_to_sky(XY(x=x, y=y))
-            return sky.ra.deg, sky.dec.deg
+        from ..measure_coadd import make_measure_coadd
 
         plain, target_sigma = plain_coadd(coadd, residual)
         inner = coadd.patch.inner_bbox
@@ -129,7 +140,10 @@ class MeasureDeepPriorCoaddTask(PipelineTask):
             threshold=self.config.threshold,
             psf_error=self.config.psf_error,
         )
-        sources = measure_sources(inputs, pixel_to_sky, settings)
+        sources = measure_sources(inputs, pixel_to_sky(coadd.sky_projection), settings)
         self.metadata["n_sources"] = len(sources)
         self.log.info("Patch %d, %s band: %d sources.", coadd.patch.id, coadd.band, len(sources))
-        return Struct(sources=sources)
+        result = Struct(sources=sources)
+        if self.config.write_measure_coadd:
+            result.measure_coadd = make_measure_coadd(coadd, residual, plain)
+        return result

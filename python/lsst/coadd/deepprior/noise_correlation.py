@@ -1,0 +1,168 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""The correlation of noise between pixels, which no variance plane tells: measured, averaged and drawn anew.
+
+Resampling makes the noise of neighbouring pixels correlated (`~lsst.coadd.deepprior.resampling`), so that the
+sum over the pixels of a source is noisier than the variances say. The noise is taken to be stationary once it
+is divided by its standard deviation.
+"""
+
+from __future__ import annotations
+
+__all__ = ("REACH", "correlated_noise", "noise_correlation", "visit_correlations")
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.fft
+import scipy.ndimage
+import torch
+
+from .observation import Observation
+from .outliers import OUTLIER_PSF_ERROR, find_outliers
+from .statistics import PatchData
+
+REACH = 5
+"""Largest lag in pixels along an axis; a Lanczos kernel of order 3, the widest in use, correlates no more."""
+
+_SIGNIFICANT = 3.0
+"""Correlations below this number of standard errors, ``n^(-1/2)`` for n pairs, are taken as 0: the sum over
+120 lags would otherwise be noisier than it is wrong."""
+
+_SKY = 1.0
+"""Largest model, in units of the noise of the visit, of pixels that count as sky."""
+
+_OUTLIER_REACH = 10
+"""Distance in pixels from an outlier up to which nothing counts as sky: the wings of a trail, too faint to be
+seen, would make the noise look correlated."""
+
+
+def noise_correlation(deviation: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Measure the correlation of noise.
+
+    Parameters
+    ----------
+    deviation : `numpy.ndarray`, (y, x)
+        Noise in units of its standard deviation.
+    where : `numpy.ndarray`, (y, x), bool
+        Pixels to use, in which ``deviation`` is finite.
+
+    Returns
+    -------
+    correlation : `numpy.ndarray`, (k, k)
+        Correlation at the lags from -`REACH` to `REACH` along y and x, 1 in the middle; that of white noise
+        where no pixel can be used.
+
+    Raises
+    ------
+    ValueError
+        Raised if the shapes differ or a pixel to use is not finite.
+    """
+    if deviation.shape != where.shape:
+        raise ValueError(f"The noise is {deviation.shape} and its mask {where.shape}; they must be equal.")
+    if not np.isfinite(deviation[where]).all():
+        raise ValueError("A pixel of the noise is not finite; leave it out of the mask.")
+    white = np.zeros((2 * REACH + 1, 2 * REACH + 1))
+    white[REACH, REACH] = 1.0
+    size = [scipy.fft.next_fast_len(n + REACH, real=True) for n in where.shape]
+
+    def lags(image: np.ndarray) -> np.ndarray:
+        power = np.abs(scipy.fft.rfft2(image, size)) ** 2
+        wrapped = scipy.fft.irfft2(power, size)
+        steps = np.arange(-REACH, REACH + 1)
+        return wrapped[np.ix_(steps, steps)]
+
+    mask = where.astype(float)
+    n_pairs = np.maximum(np.rint(lags(mask)), 1.0)
+    covariance = lags(np.where(where, deviation, 0.0)) / n_pairs
+    if not covariance[REACH, REACH] > 0.0:
+        return white
+    correlation = covariance / covariance[REACH, REACH]
+    significant = np.abs(correlation) > _SIGNIFICANT / np.sqrt(n_pairs)
+    return np.where(significant | (white > 0.0), correlation, 0.0)
+
+
+def correlated_noise(shape: tuple[int, int], correlation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw Gaussian noise of unit variance and some correlation.
+
+    White noise is filtered by the root of its power spectrum, the Fourier transform of the correlation
+    (Wiener-Khinchin theorem).
+
+    Parameters
+    ----------
+    shape : `tuple` [`int`, `int`]
+        Height and width in pixels.
+    correlation : `numpy.ndarray`, (k, k)
+        Correlation by lag (see `noise_correlation`).
+    rng : `numpy.random.Generator`
+        Source of random numbers.
+
+    Returns
+    -------
+    noise : `numpy.ndarray`, (y, x), float32
+        The noise.
+
+    Raises
+    ------
+    ValueError
+        Raised if the correlation is not square, of odd size, with 1 in the middle.
+    """
+    half = correlation.shape[0] // 2
+    if correlation.shape != (2 * half + 1, 2 * half + 1) or correlation[half, half] != 1.0:
+        raise ValueError(
+            f"A correlation is square, odd and 1 in the middle; this one is {correlation.shape}."
+        )
+    if np.count_nonzero(correlation) == 1:
+        return rng.standard_normal(shape, dtype=np.float32)
+    size = tuple(scipy.fft.next_fast_len(n + 2 * half, real=True) for n in shape)
+    kernel = np.zeros(size)
+    steps = np.arange(-half, half + 1)
+    kernel[np.ix_(steps, steps)] = correlation
+    power = np.maximum(scipy.fft.rfft2(kernel).real, 0.0)
+    noise = scipy.fft.irfft2(scipy.fft.rfft2(rng.standard_normal(size)) * np.sqrt(power), size)
+    return noise[: shape[0], : shape[1]].astype(np.float32)
+
+
+def visit_correlations(
+    data: PatchData, latent: torch.Tensor, observations: Sequence[Observation]
+) -> np.ndarray:
+    """Measure the correlation of the noise of each visit.
+
+    Parameters
+    ----------
+    data : `~lsst.coadd.deepprior.statistics.PatchData`
+        The visits.
+    latent : `torch.Tensor`, (y, x)
+        Latent image u on the canvas, in nJy, which is subtracted from the visits.
+    observations : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.observation.Observation`]
+        The same visits. The image of noise alone, where one has it, is measured in place of the sky.
+
+    Returns
+    -------
+    correlations : `numpy.ndarray`, (visit, k, k)
+        See `noise_correlation`; that of white noise for visits without a good pixel.
+    """
+    result = np.zeros((len(data), 2 * REACH + 1, 2 * REACH + 1))
+    result[:, REACH, REACH] = 1.0
+    for index, visit in data.visits():
+        observation = observations[index]
+        if observation.noise is not None:
+            where = observation.good & np.isfinite(observation.noise)
+            sigma = np.sqrt(np.where(where, observation.variance, 1.0))
+            result[index] = noise_correlation(np.where(where, observation.noise, 0.0) / sigma, where)
+            continue
+        prediction, noise = visit.kernel.forward(latent), visit.variance.sqrt()
+        deviation = (visit.flux - prediction) / noise
+        good = visit.weight > 0
+        outliers = find_outliers(
+            visit.flux - prediction, data.scale(visit, prediction, OUTLIER_PSF_ERROR), good
+        )
+        near = scipy.ndimage.maximum_filter(outliers.cpu().numpy(), 2 * _OUTLIER_REACH + 1)
+        where = (good & (prediction < _SKY * noise)).cpu().numpy() & ~near
+        values = deviation.cpu().numpy().astype(float)
+        if where.any():
+            result[index] = noise_correlation(values - values[where].mean(), where)
+    return result

@@ -1,0 +1,88 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from toy import gaussian_stars, observe
+
+from lsst.coadd.deepprior.baselines import maximum_likelihood
+from lsst.coadd.deepprior.noise import CoaddLayers, coadd_layers
+from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.outliers import outlier_table
+from lsst.coadd.deepprior.statistics import PatchData
+
+LAYOUT = CellLayout(2, 3, 40, 36)
+SIGMA = 0.9
+STARS = [(20.2, 15.7, 4000.0), (75.0, 50.4, 2000.0)]
+SIGMAS = [1.5, 2.0, 1.8, 1.6, 1.7]
+ORIGIN = (900, 2400)
+
+
+def layers_with(extra: dict[int, list[tuple[float, float, float]]]) -> CoaddLayers:
+    """Coadd visits of which some show point sources (x, y, flux) that the others do not."""
+    visits = observe(LAYOUT, STARS, SIGMAS, seed=6)
+    for index, sources in extra.items():
+        visits[index].flux[...] += gaussian_stars(LAYOUT.shape, sources, SIGMAS[index]).astype(np.float32)
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    latent = maximum_likelihood(data, data.sets(), steps=120).latent[0]
+    return coadd_layers(data, latent, visits)
+
+
+def test_quiet_visits_have_no_outlier() -> None:
+    assert layers_with({}).outliers == []
+
+
+def test_a_transient_is_found_with_its_position_and_flux() -> None:
+    """A source that one visit shows, across a border of cells, is clipped from the coadd and listed."""
+    flux = 300.0
+    layers = layers_with({2: [(36.3, 39.6, flux)]})
+    assert layers.clipped[40, 36]
+    brightest = max(layers.outliers, key=lambda one: one.psf_flux)
+    assert brightest.visit == 2
+    assert (brightest.x, brightest.y) == pytest.approx((36.3, 39.6), abs=0.25)
+    assert brightest.psf_flux == pytest.approx(flux, abs=4.0 * brightest.psf_flux_err)
+    # The noise of a PSF flux on white noise of 1 nJy.
+    assert brightest.psf_flux_err == pytest.approx(np.sqrt(4.0 * np.pi) * SIGMAS[2], rel=0.03)
+    assert brightest.length / brightest.width < 1.3
+
+
+def test_a_moving_object_is_found_in_each_visit() -> None:
+    path = {index: [(12.0 + 9.1 * index, 62.0 - 8.7 * index, 400.0)] for index in range(5)}
+    found = layers_with(path).outliers
+    for index, ((x, y, flux),) in path.items():
+        near = [one for one in found if one.visit == index and np.hypot(one.x - x, one.y - y) < 1.0]
+        assert len(near) == 1
+        assert near[0].psf_flux == pytest.approx(flux, rel=0.15)
+
+
+def test_a_trail_is_long() -> None:
+    visits = observe(LAYOUT, STARS, SIGMAS, seed=6)
+    visits[1].flux[60:62, 5:100] += 12.0
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    latent = maximum_likelihood(data, data.sets(), steps=120).latent[0]
+    trail = max(coadd_layers(data, latent, visits).outliers, key=lambda one: len(one.pixels[0]))
+    assert trail.visit == 1
+    assert trail.length > 15.0 * trail.width
+    assert trail.y == pytest.approx(60.5, abs=0.3)
+
+
+def test_table_of_outliers() -> None:
+    layers = layers_with({2: [(36.3, 39.6, 300.0)], 0: [(90.0, 20.0, 300.0)]})
+    visits = [SimpleNamespace(instrument="Cam", visit=100 + n, day_obs=20260101 + n) for n in range(5)]
+    table = outlier_table(layers.outliers, visits, ORIGIN, lambda x, y: (x * 1e-4, y * 1e-4))
+    assert set(table["visit"]) == {100, 102}
+    row = table[np.argmax(np.where(table["visit"] == 102, table["psf_flux"], 0.0))]
+    assert row["day_obs"] == 20260103
+    assert (row["x"], row["y"]) == pytest.approx((2436.3, 939.6), abs=0.25)
+    assert row["ra"] == pytest.approx(row["x"] * 1e-4)
+    assert table["psf_flux"].unit == "nJy"
+    assert all(column.description for column in table.columns.values())
+    empty = outlier_table([], visits, ORIGIN, lambda x, y: (x, y))
+    assert len(empty) == 0
+    assert empty.colnames == table.colnames

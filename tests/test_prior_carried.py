@@ -1,0 +1,54 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from toy import gaussian_stars
+
+from lsst.coadd.deepprior.joint_fit import Coadd
+from lsst.coadd.deepprior.prior_carried import prior_carried
+from lsst.coadd.deepprior.psf import gaussian_stamp
+
+SHAPE = (90, 124)
+SIGMA, SEEING = 0.9, 2.0
+POINT_ERROR = np.sqrt(4.0 * np.pi) * SEEING
+
+
+def carried(model_snr: float, true_snr: float, variance: float) -> np.ndarray:
+    """Return the mask near one source whose model has another flux than the data, which have no noise."""
+    sources = [(60.3, 40.6, 1.0)]
+    model = model_snr * POINT_ERROR * gaussian_stars(SHAPE, sources, SIGMA)
+    left = (true_snr - model_snr) * POINT_ERROR * gaussian_stars(SHAPE, sources, SEEING)
+    psf = np.broadcast_to(gaussian_stamp(SEEING, 25), (2, 2, 25, 25))
+    coadd = Coadd(model, SIGMA, left, np.ones(SHAPE), psf)
+    n_good = np.full(SHAPE, 3)
+    n_good[10, 12] = 0
+    result = prior_carried(model, np.full(SHAPE, variance), n_good, coadd)
+    assert result[10, 12]
+    result[10, 12] = False
+    assert not result[:20].any()
+    return result
+
+
+def test_faint_structure_that_the_variance_does_not_cover() -> None:
+    """Of a source of 5 sigma the prior has left nothing, and the variance plane says that nothing can be."""
+    assert carried(0.0, 5.0, 0.02**2)[39:43, 58:63].all()
+    assert carried(2.0, 5.0, 0.02**2)[41, 60]
+
+
+def test_what_the_variance_covers_or_the_data_show_is_not_marked() -> None:
+    assert not carried(0.0, 5.0, 0.5**2).any()
+    assert not carried(50.0, 50.0, 0.02**2)[39:43, 58:63].any()
+    assert not carried(0.0, 1.0, 1e-6).any()
+
+
+def test_bad_input() -> None:
+    psf = gaussian_stamp(SEEING, 25)[None, None]
+    zero = np.zeros(SHAPE)
+    coadd = Coadd(zero, SIGMA, zero, np.ones(SHAPE), psf)
+    with pytest.raises(ValueError, match="one shape"):
+        prior_carried(zero.T, zero, zero, coadd)
