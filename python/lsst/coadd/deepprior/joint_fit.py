@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("Coadd", "JointFit", "Stamp", "render", "sum_stamps")
+__all__ = ("Coadd", "JointFit", "Stamp", "normal_equations", "render", "sum_stamps")
 
 import copy
 import dataclasses
@@ -148,6 +148,12 @@ class Coadd:
         other.information = other._information()
         return other
 
+    def above(self, sky: float) -> Coadd:
+        """Return the same coadd with a constant sky, in nJy a pixel, subtracted."""
+        other = copy.copy(self)
+        other.image = np.where(self.good, self.image - sky, 0.0)
+        return other
+
     def _information(self) -> np.ndarray:
         """Return the inverse variance of point-source fluxes, (y, x)."""
         information = self.matched.copy()
@@ -278,13 +284,7 @@ class JointFit:
         fit : `JointFit`
             Normal equations.
         """
-        design = _design_matrix(templates, coadd.shape)
-        weighted = scipy.sparse.diags_array(coadd.weight.ravel()) @ design
-        return cls(
-            (weighted.T @ design).tocsr(),
-            weighted.T @ coadd.image.ravel(),
-            coadd.noise_products(templates),
-        )
+        return dataclasses.replace(normal_equations(templates, coadd), noise=coadd.noise_products(templates))
 
     def combined(self, mixing: scipy.sparse.csr_array) -> JointFit:
         """Return the fit whose parameters are mixtures (old, new) of these."""
@@ -319,6 +319,27 @@ class JointFit:
             inverse = np.linalg.pinv(self.normal[block].toarray(), hermitian=True)
             variance[members] = np.einsum("ij,jk,ki->i", inverse, self.noise[block].toarray(), inverse)
         return np.sqrt(np.maximum(variance, 0.0))
+
+
+def normal_equations(templates: Sequence[Stamp], coadd: Coadd) -> JointFit:
+    """Set up the fit of templates T to a coadd D with weights W as if its noise were white and of weight W.
+
+    Parameters
+    ----------
+    templates : `~collections.abc.Sequence` [`Stamp`]
+        Images of unit parameters.
+    coadd : `Coadd`
+        Data and weights.
+
+    Returns
+    -------
+    fit : `JointFit`
+        ``N = T^T W T``, ``b = T^T W D``, and N for the covariance of b.
+    """
+    design = _design_matrix(templates, coadd.shape)
+    weighted = scipy.sparse.diags_array(coadd.weight.ravel()) @ design
+    normal = (weighted.T @ design).tocsr()
+    return JointFit(normal, weighted.T @ coadd.image.ravel(), normal)
 
 
 def _design_matrix(stamps: Sequence[Stamp], shape: tuple[int, int]) -> scipy.sparse.csc_array:

@@ -32,7 +32,7 @@ from astropy.table import Column, Table
 
 from .deblend import BLEND, DetectionSettings, detect_sources, significance
 from .joint_fit import Coadd, JointFit, Stamp, render
-from .total_flux import SYSTEMATIC_FLOOR, total_fluxes
+from .source_fit import SYSTEMATIC_FLOOR, fit_sources
 
 APERTURES = (1.0, 1.5, 2.5)
 """Radii of the aperture fluxes, in units of the FWHM of the coadd PSF at the source."""
@@ -45,16 +45,17 @@ _COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
     "y_err": (float, u.pix, "Standard error of y from the noise of the data."),
     "ra": (float, u.deg, "Right ascension (ICRS)."),
     "dec": (float, u.deg, "Declination (ICRS)."),
-    "flux": (float, u.nJy, "Total flux: joint fit of PSFs, discs and the sources' own shapes to the data."),
+    "flux": (float, u.nJy, "Total flux: joint fit of points, discs and Sérsic galaxies to the data."),
     "flux_err": (
         float,
         u.nJy,
-        "Standard error of flux: noise of the data with its covariance, neighbours, and flux_template_err.",
+        "Standard error of flux: noise of the data with its covariance, positions, neighbours, and "
+        "flux_template_err.",
     ),
     "flux_template_err": (
         float,
         u.nJy,
-        "Part of flux_err from the templates of the source and of its neighbours.",
+        "Part of flux_err from what is not known of the shapes of the source and of its neighbours.",
     ),
     "flux_sys_err": (
         float,
@@ -177,16 +178,18 @@ def measure_sources(
     as their template, except near pixels that were rejected as outliers in a visit: what is left there is
     rather the rest of a trail or a cosmic ray.
 
-    *Flux.* Each pixel of ``x`` is shared between the sources that reach it in proportion to ``min(x(p),
-    x(p'))``, with p' the mirror image of p about the source (the deblender of SDSS, Lupton 2001). A piece,
-    carried to the coadd PSF and normalised to unit sum, is the template ``T_j`` of its source, unless the PSF
-    or a disc serves better (see `~lsst.coadd.deepprior.total_flux.total_fluxes`). All fluxes are one linear
-    fit, ``f = N^-1 T^T W D`` with ``N = T^T W T``; their noise is the diagonal of ``N^-1 T^T W C W T N^-1``,
-    with ``C`` the covariance of the data: variances, and the correlation of neighbouring pixels. ``W`` is one
-    weight a cell, so that the photon noise of a pixel does not bias the flux.
+    *Flux.* All sources are fitted to ``D`` together, as points, discs or galaxies (see
+    `~lsst.coadd.deepprior.source_fit.fit_sources`). The restored image only says where they are: a template
+    from it would hold some of the noise that it is fitted to. Each pixel of ``x`` is shared between the
+    sources that reach it in proportion to ``min(x(p), x(p'))``, with p' the mirror image of p about the
+    source (the deblender of SDSS, Lupton 2001); the pieces are the templates of sources that have no data
+    under their PSF, and of the neighbours of aperture fluxes. Linear fits, ``f = N^-1 T^T W D`` with ``N =
+    T^T W T``, have the noise ``N^-1 T^T W C W T N^-1``, with ``C`` the covariance of the data: variances, and
+    the correlation of neighbouring pixels. ``W`` is one weight a cell, so that the photon noise of a pixel
+    does not bias the flux.
 
-    *Position.* The centroid on ``x`` plus the linear fit of the templates' gradients to what is left of
-    ``D``, so that a centroid that the prior has pulled is put right; the error is that of the fit.
+    *Position.* That of the fit; it starts from the centroid on ``x`` plus the linear fit of the templates'
+    gradients to what is left of ``D``, so that a centroid that the prior has pulled is put right.
     """
     model = np.where(np.isfinite(inputs.model), inputs.model, 0.0).astype(np.float32)
     coadd = inputs.coadd
@@ -225,19 +228,25 @@ def measure_sources(
     shift = np.clip(-shift_fit.solution()[n:].reshape(2, n) / flux, -limit, limit)
     shift_err = shift_fit.errors()[n:].reshape(2, n) / flux
     y, x = y + shift[0], x + shift[1]
-    columns |= {"y_err": shift_err[0], "x_err": shift_err[1]}
-
-    columns |= _point_and_aperture_fluxes(y, x, templates, flux, coadd)
+    y_err, x_err = shift_err
+    error, shape_error = fit.errors(), np.zeros(n)
+    extended = np.zeros(n, dtype=bool)
     points = [coadd.point(*position) for position in zip(y, x, strict=True)]
-    seen = [(coadd.weight[point.slices] * point.array**2).sum() > 0.0 for point in points]
-    points = [point if use else own for point, own, use in zip(points, templates, seen, strict=True)]
-    total = total_fluxes(points, templates, columns["coadd_fwhm"], coadd)
+    seen = np.array([(coadd.weight[p.slices] * p.array**2).sum() > 0.0 for p in points])
+    unseen = [template for template, use in zip(templates, seen, strict=True) if not use]
+    found = fit_sources(y[seen], x[seen], unseen, coadd)
+    flux[seen], error[seen], shape_error[seen] = found.flux, found.error, found.shape_error
+    y[seen], x[seen], y_err[seen], x_err[seen] = found.y, found.x, found.y_err, found.x_err
+    extended[seen] = found.extended
+    columns |= _point_and_aperture_fluxes(y, x, templates, flux, coadd.above(found.sky))
     columns |= {
-        "flux": total.flux,
-        "flux_err": total.error,
-        "flux_template_err": total.template_error,
-        "flux_sys_err": SYSTEMATIC_FLOOR * np.abs(total.flux),
-        "flag_extended": total.extended,
+        "y_err": y_err,
+        "x_err": x_err,
+        "flux": flux,
+        "flux_err": error,
+        "flux_template_err": shape_error,
+        "flux_sys_err": SYSTEMATIC_FLOOR * np.abs(flux),
+        "flag_extended": extended,
     }
     columns["flag_residual_only"] = np.arange(n) >= n_model
     columns["flag_blended"] = fit.correlation().max(axis=1).toarray().ravel() > BLEND

@@ -1,0 +1,372 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Fluxes and positions of the sources of a patch: one fit of points, discs and galaxies to the data."""
+
+from __future__ import annotations
+
+__all__ = ("SYSTEMATIC_FLOOR", "SourceFit", "fit_sources")
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.ndimage
+import scipy.sparse
+
+from .galaxy_profiles import MAX_INDEX, MIN_INDEX, GalaxyShape, galaxy_stamp
+from .joint_fit import Coadd, JointFit, Stamp, normal_equations, render
+
+SYSTEMATIC_FLOOR = 0.005
+"""Relative error of fluxes from the flux scale and the PSF models, which no simulation of ours has: half of
+what Rubin requires of the flux scale (LSST Science Requirements Document, LPM-17, 10 mmag)."""
+
+_EXTENDED = 3.0
+"""Significance of the width beyond that of the PSF from which a source is extended."""
+
+_SHAPE_SNR = 20.0
+"""S/N from which the shape of an extended source is fitted, and not only its width."""
+
+_WIDTH_SNR = 60.0
+"""S/N below which the width of a source is fitted also where it is not significant: a galaxy that is taken
+for a point loses light, twice its error at the limit of significance."""
+
+_MAX_WIDTH = 1.0
+"""Largest sigma, in units of the FWHM of the coadd PSF, of sources whose width is fitted."""
+
+_PASSES = 15
+_SETTLED = 0.02
+"""Passes of the fit end when no parameter moves by more than this part of its largest step."""
+
+_TINY = 1e-30
+
+_POSITION_STEP = 0.3
+"""Largest step of a position in pixels."""
+
+_SHAPE_STEP = np.array([0.4, 0.25, 0.25, 0.4])
+"""Largest steps of `~lsst.coadd.deepprior.galaxy_profiles.GalaxyShape`."""
+
+_SHAPE_MEAN = np.array([math.log(2.0), 0.0, 0.0, math.log(1.4)])
+_SHAPE_SIGMA = np.array([1.0, 0.35, 0.35, 0.6])
+"""Population of the shapes, which decides what the data leave open: half-light radii of 2 pixels within a
+factor of e, axis ratios of a/b = 2 at one standard deviation, and indices with the mean and the scatter of
+log n of three discs (n = 1) to a bulge (n = 4)."""
+
+_LOWEST = np.array([math.log(0.1), -1.2, -1.2, math.log(MIN_INDEX)])
+_HIGHEST = np.array([math.log(40.0), 1.2, 1.2, math.log(MAX_INDEX)])
+
+_DIFFERENCE = 0.02
+_VARIANCE_DIFFERENCE = 0.2
+"""Steps of shape parameters and of a variance in pixel^2 for derivatives."""
+
+_FOOTPRINT = 0.02
+"""Brightness, as part of the peak, down to which pixels tell whether the model of a galaxy fits."""
+
+_MISFIT = 3.0
+"""Standard deviations of a reduced chi-square above 1 from which a model does not fit."""
+
+_DISC_RADIUS = 1.678
+"""Half-light radius of an exponential disc in units of its scale length."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SourceFit:
+    """Result of `fit_sources`; all arrays have the shape (source,).
+
+    Parameters
+    ----------
+    flux, error : `numpy.ndarray`
+        Fluxes in nJy and their standard errors.
+    shape_error : `numpy.ndarray`
+        The part of the errors that comes from widths and shapes of the source and its neighbours: what is
+        not known of them, and for galaxies whose model leaves more than noise (a galaxy need not be an
+        ellipse) what scales the error by the root of the reduced chi-square (as Particle Data Group 2024,
+        section 5.2.2).
+    y, x, y_err, x_err : `numpy.ndarray`
+        Positions in the array of the patch and their standard errors, in pixels.
+    extended : `numpy.ndarray`, bool
+        Whether the source is wider than the PSF.
+    sky : `float`
+        Mean of what is no source, in nJy a pixel: sources too faint to be found, and what the sky subtraction
+        left. The fluxes are above it.
+    """
+
+    flux: np.ndarray
+    error: np.ndarray
+    shape_error: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+    y_err: np.ndarray
+    x_err: np.ndarray
+    extended: np.ndarray
+    sky: float
+
+
+@dataclasses.dataclass
+class _Source:
+    """Present state of a source.
+
+    Its parameters besides flux and position are none for a point; the variance that a round profile adds
+    along each axis, in pixel^2, and the logarithm of its index, if ``variance`` is not `None`; all of
+    `~lsst.coadd.deepprior.galaxy_profiles.GalaxyShape`, if ``shape`` is not `None`.
+    """
+
+    y: float
+    x: float
+    variance: float | None = None
+    log_index: float = float(_SHAPE_MEAN[3])
+    shape: np.ndarray | None = None
+
+    def stamp(self, coadd: Coadd) -> Stamp:
+        """Draw the source with unit flux."""
+        psf = coadd.psf[coadd.cell(self.y, self.x)]
+        if self.shape is not None:
+            shape = GalaxyShape(*self.shape)
+        elif self.variance:
+            shape = GalaxyShape(_log_radius(self.variance), 0.0, 0.0, self.log_index)
+        else:
+            return coadd.point(self.y, self.x)
+        size = psf.shape[0] + 2 * math.ceil(min(4.0 * math.exp(shape.log_radius), 2 * psf.shape[0]))
+        iy, ix, half = round(self.y), round(self.x), size // 2
+        array = galaxy_stamp(psf, shape, self.y - iy, self.x - ix, size)
+        return Stamp(iy - half, ix - half, array).cropped(coadd.shape)
+
+    def derivatives(self, coadd: Coadd, own: Stamp) -> list[Stamp]:
+        """Return the changes of a unit flux with y and x, and with the other parameters."""
+        result = [_slope(own, 0), _slope(own, 1)]
+        if self.shape is not None:
+            for k in range(len(self.shape)):
+                step = np.zeros(len(self.shape))
+                step[k] = _DIFFERENCE if self.shape[k] + _DIFFERENCE <= _HIGHEST[k] else -_DIFFERENCE
+                other = dataclasses.replace(self, shape=self.shape + step)
+                result.append(_difference(other.stamp(coadd), own, step[k]))
+        elif self.variance is not None:
+            wider = dataclasses.replace(self, variance=self.variance + _VARIANCE_DIFFERENCE)
+            result.append(_difference(wider.stamp(coadd), own, _VARIANCE_DIFFERENCE))
+            other = dataclasses.replace(self, log_index=self.log_index - _DIFFERENCE)
+            result.append(_difference(other.stamp(coadd), own, -_DIFFERENCE))
+        return result
+
+    def prior(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return how far the parameters besides flux and position are below the mean of the population, and
+        their precisions.
+        """
+        if self.shape is not None:
+            return _SHAPE_MEAN - self.shape, _SHAPE_SIGMA**-2.0
+        if self.variance is not None:
+            return np.array([0.0, _SHAPE_MEAN[3] - self.log_index]), np.array([0.0, _SHAPE_SIGMA[3] ** -2.0])
+        return np.zeros(0), np.zeros(0)
+
+
+def _log_radius(variance: float) -> float:
+    """Return the logarithm of the half-light radius of an exponential disc of some variance along an axis."""
+    return math.log(_DISC_RADIUS * math.sqrt(variance / 3.0))
+
+
+def fit_sources(y: np.ndarray, x: np.ndarray, others: Sequence[Stamp], coadd: Coadd) -> SourceFit:
+    r"""Fit all sources of a patch together.
+
+    The model of the data is :math:`\sum_k f_k T(y_k, x_k, s_k)`, and the templates T are
+
+    - the PSF, for what is not wider than it and bright enough that one can tell,
+    - the PSF convolved with a round Sérsic profile whose width and index are fitted, where the width or its
+      absence is not certain and for all that is faint,
+    - the PSF convolved with an elliptical Sérsic profile whose radius, axis ratio, angle and index are
+      fitted, for what is wider and bright.
+
+    Gauss-Newton steps take all sources, their neighbours and their parameters at once, so that the errors of
+    fluxes hold what is not known of positions and shapes. A prior of the population of shapes decides what
+    the data leave open.
+
+    Parameters
+    ----------
+    y, x : `numpy.ndarray`, (source,)
+        Positions to start from, in the array of the patch.
+    others : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.joint_fit.Stamp`]
+        Sources without data under their PSF, as they are, of unit flux; only their fluxes are fitted, behind
+        those of the others, and not returned.
+    coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
+        Data and noise.
+
+    Returns
+    -------
+    fit : `SourceFit`
+        Fluxes, positions, and their errors.
+
+    Raises
+    ------
+    ValueError
+        Raised if there is not one x for each y.
+    """
+    if len(y) != len(x):
+        raise ValueError(f"There are {len(y)} positions y and {len(x)} positions x; give one each.")
+    n = len(y)
+    sources = [_Source(float(a), float(b)) for a, b in zip(y, x, strict=True)]
+    if not sources:
+        none = np.zeros(0)
+        return SourceFit(none, none, none, none, none, none, none, np.zeros(0, dtype=bool), 0.0)
+    extended, flux = _classify(sources, others, coadd)
+    start = np.array([y, x], dtype=float)
+    limit = 0.5 * np.array([coadd.fwhm[coadd.cell(s.y, s.x)] for s in sources])
+    own = [s.stamp(coadd) for s in sources]
+    slopes = [s.derivatives(coadd, t) for s, t in zip(sources, own, strict=True)]
+    first = n + np.cumsum([0] + [len(group) for group in slopes])
+    for _ in range(_PASSES):
+        templates = own + [t for group in slopes for t in group] + list(others)
+        fit = normal_equations(templates, coadd)
+        solution, _ = _above_sky(_with_prior(fit, sources, flux, first), templates, coadd)
+        flux = np.maximum(np.abs(solution[:n]), _TINY)
+        settled = True
+        for k, source in enumerate(sources):
+            step = solution[first[k] : first[k + 1]] / flux[k]
+            moved, distance = _moved(source, step, start[:, k], limit[k])
+            if distance > _SETTLED:
+                settled = False
+                sources[k], own[k] = moved, moved.stamp(coadd)
+                slopes[k] = moved.derivatives(coadd, own[k])
+        if settled:
+            break
+    templates = own + [t for group in slopes for t in group] + list(others)
+    full = _with_prior(JointFit.of(templates, coadd), sources, flux, first)
+    solution, sky = _above_sky(full, templates, coadd)
+    errors = full.errors()
+    certain = np.concatenate([np.arange(n), *(first[k] + np.arange(2) for k in range(n))])
+    certain = np.concatenate([certain, np.arange(first[-1], len(templates))])
+    pick = scipy.sparse.csr_array(
+        (np.ones(len(certain)), (certain, np.arange(len(certain)))), shape=(len(templates), len(certain))
+    )
+    fixed = full.combined(pick).errors()[:n]
+    shape_error = np.sqrt(np.maximum(errors[:n] ** 2 - fixed**2, 0.0))
+    flux = solution[:n]
+    left = coadd.image - sky - render(templates, solution, coadd.shape)
+    for k, source in enumerate(sources):
+        if source.shape is not None:
+            shape_error[k] = math.hypot(shape_error[k], _misfit(own[k], left, coadd) * errors[k])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        y_err, x_err = errors[first[:-1]] / np.abs(flux), errors[first[:-1] + 1] / np.abs(flux)
+        last = np.array([solution[first[:-1]], solution[first[:-1] + 1]]) / flux
+    position = np.array([[s.y for s in sources], [s.x for s in sources]])
+    position -= np.clip(np.nan_to_num(last), -_POSITION_STEP, _POSITION_STEP)
+    return SourceFit(
+        flux=flux,
+        error=np.hypot(fixed, shape_error),
+        shape_error=shape_error,
+        y=position[0],
+        x=position[1],
+        y_err=y_err,
+        x_err=x_err,
+        extended=extended,
+        sky=sky,
+    )
+
+
+def _classify(sources: list[_Source], others: Sequence[Stamp], coadd: Coadd) -> tuple[np.ndarray, np.ndarray]:
+    """Decide which parameters of the sources are fitted, and give them first values.
+
+    Returns
+    -------
+    extended : `numpy.ndarray`, (source,), bool
+        Whether a source is wider than the PSF.
+    flux : `numpy.ndarray`, (source,)
+        First values of the fluxes in nJy, not negative.
+    """
+    n = len(sources)
+    points = [s.stamp(coadd) for s in sources]
+    widened = [t._replace(array=scipy.ndimage.laplace(t.array, mode="constant")) for t in points]
+    shifted = [_slope(t, axis) for axis in (0, 1) for t in points]
+    test = JointFit.of([*points, *widened, *shifted, *others], coadd)
+    solution, errors = test.solution(), test.errors()
+    snr = solution[:n] / errors[:n]
+    extended = solution[n : 2 * n] > _EXTENDED * errors[n : 2 * n]
+    for k, source in enumerate(sources):
+        width = _MAX_WIDTH * float(coadd.fwhm[coadd.cell(source.y, source.x)])
+        ratio = 2.0 * solution[n + k] / solution[k] if solution[k] > 0.0 else 0.0
+        if extended[k] and snr[k] >= _SHAPE_SNR:
+            variance = min(max(ratio, 0.2), width**2)
+            source.shape = _SHAPE_MEAN.copy()
+            source.shape[0] = _log_radius(variance)
+        elif extended[k] or snr[k] < _WIDTH_SNR:
+            source.variance = min(max(ratio, 0.0), width**2)
+    return extended, np.maximum(np.abs(solution[:n]), _TINY)
+
+
+def _above_sky(fit: JointFit, templates: Sequence[Stamp], coadd: Coadd) -> tuple[np.ndarray, float]:
+    """Return the parameters that fit best together with a constant sky, and that sky.
+
+    With ``h = T^T W 1`` and ``c = N^-1 h``, the sky that is left by parameters ``a = N^-1 b`` is
+    ``(1^T W D - h a) / (1^T W 1 - h c)``, and takes ``c`` times itself off the parameters.
+    """
+    under = np.array([(coadd.weight[t.slices] * t.array).sum() for t in templates])
+    alone, response = fit.solution(), dataclasses.replace(fit, right=under).solution()
+    total = float(coadd.weight.sum() - under @ response)
+    sky = float((coadd.weight * coadd.image).sum() - under @ alone) / total
+    return alone - sky * response, sky
+
+
+def _with_prior(fit: JointFit, sources: list[_Source], flux: np.ndarray, first: np.ndarray) -> JointFit:
+    """Add the prior of the shapes to a fit, whose parameters are changes of the shapes times fluxes."""
+    precision, pull = np.zeros(len(fit.right)), np.zeros(len(fit.right))
+    for k, source in enumerate(sources):
+        own = slice(first[k] + 2, first[k + 1])
+        below, precisions = source.prior()
+        precision[own] = precisions / flux[k] ** 2
+        pull[own] = below * flux[k]
+    prior = scipy.sparse.diags_array(precision)
+    return JointFit((fit.normal + prior).tocsr(), fit.right + precision * pull, (fit.noise + prior).tocsr())
+
+
+def _moved(source: _Source, step: np.ndarray, start: np.ndarray, limit: float) -> tuple[_Source, float]:
+    """Move a source by a step, as far as is allowed; return also how far, in units of its largest step."""
+    before = np.array([source.y, source.x])
+    after = before + np.clip(-step[:2], -_POSITION_STEP, _POSITION_STEP)
+    after = np.clip(after, start - limit, start + limit)
+    result = dataclasses.replace(source, y=float(after[0]), x=float(after[1]))
+    moves = [np.abs(after - before) / _POSITION_STEP]
+    if source.shape is not None:
+        shape = np.clip(source.shape + np.clip(step[2:], -_SHAPE_STEP, _SHAPE_STEP), _LOWEST, _HIGHEST)
+        moves.append(np.abs(shape - source.shape) / _SHAPE_STEP)
+        result.shape = shape
+    elif source.variance is not None:
+        widest = (2.0 * _MAX_WIDTH * limit) ** 2
+        variance = min(max(source.variance + min(max(float(step[2]), -1.0), 1.0), 0.0), widest)
+        largest = _SHAPE_STEP[3]
+        index = np.clip(source.log_index + np.clip(step[3], -largest, largest), _LOWEST[3], _HIGHEST[3])
+        moves.append(np.abs([variance - source.variance, (index - source.log_index) / largest]))
+        result.variance, result.log_index = variance, float(index)
+    return result, float(np.concatenate(moves).max())
+
+
+def _misfit(own: Stamp, left: np.ndarray, coadd: Coadd) -> float:
+    """Return what is added, in quadrature, to the error of a galaxy, in units of it, where its model does not
+    fit.
+    """
+    inside = (own.array > _FOOTPRINT * own.array.max(initial=0.0)) & coadd.good[own.slices]
+    n = int(inside.sum())
+    if n == 0:
+        return 0.0
+    reduced = float(np.mean(left[own.slices][inside] ** 2 / coadd.variance[own.slices][inside]))
+    # The squares of correlated noise are correlated like the squares of its correlations.
+    excess = float((coadd.noise_correlation**2).sum())
+    return math.sqrt(reduced - 1.0) if reduced > 1.0 + _MISFIT * math.sqrt(2.0 * excess / n) else 0.0
+
+
+def _slope(stamp: Stamp, axis: int) -> Stamp:
+    """Return the derivative of a stamp along an axis, to fourth order."""
+    stencil = np.array([1.0, -8.0, 0.0, 8.0, -1.0]) / 12.0
+    return stamp._replace(array=scipy.ndimage.correlate1d(stamp.array, stencil, axis=axis, mode="constant"))
+
+
+def _difference(one: Stamp, other: Stamp, step: float) -> Stamp:
+    """Return ``(one - other) / step`` on the box of the second."""
+    result = np.zeros(other.array.shape)
+    y0, x0 = max(one.y0, other.y0), max(one.x0, other.x0)
+    y1 = min(one.slices[0].stop, other.slices[0].stop)
+    x1 = min(one.slices[1].stop, other.slices[1].stop)
+    result[y0 - other.y0 : y1 - other.y0, x0 - other.x0 : x1 - other.x0] = (
+        one.array[y0 - one.y0 : y1 - one.y0, x0 - one.x0 : x1 - one.x0]
+        - other.array[y0 - other.y0 : y1 - other.y0, x0 - other.x0 : x1 - other.x0]
+    ) / step
+    return other._replace(array=result)

@@ -1,0 +1,133 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+from __future__ import annotations
+
+import galsim
+import numpy as np
+import pytest
+from toy import gaussian_stars
+
+from lsst.coadd.deepprior.joint_fit import Coadd, Stamp
+from lsst.coadd.deepprior.psf import gaussian_stamp
+from lsst.coadd.deepprior.source_fit import SYSTEMATIC_FLOOR, SourceFit, fit_sources
+
+SHAPE, SEEING = (320, 290), 2.0
+POINT_ERROR = np.sqrt(4.0 * np.pi) * SEEING
+"""Standard error of the flux of a point source in noise of unit variance."""
+
+
+def make_coadd(data: np.ndarray) -> Coadd:
+    """Make a coadd of unit variance."""
+    return Coadd(np.zeros(data.shape), 0.9, data, np.ones(data.shape), gaussian_stamp(SEEING, 31)[None, None])
+
+
+def fit_grid(
+    flux: float, index: float | None, radius: float, seed: int, sky: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, SourceFit]:
+    """Fit a grid of equal stars (no index) or galaxies, starting a little beside their places."""
+    rng = np.random.default_rng(seed)
+    grid = np.mgrid[25:300:34, 23:270:34].reshape(2, -1).astype(float)
+    y, x = grid + rng.uniform(-0.5, 0.5, grid.shape)
+    image = rng.standard_normal(SHAPE) + sky
+    if index is None:
+        image += gaussian_stars(SHAPE, [(a, b, flux) for a, b in zip(x, y, strict=True)], SEEING)
+    else:
+        drawn = galsim.ImageD(*SHAPE[::-1], scale=1.0, xmin=0, ymin=0)
+        for a, b in zip(x, y, strict=True):
+            galaxy = galsim.Sersic(n=index, half_light_radius=radius, flux=flux)
+            galaxy = galaxy.shear(q=rng.uniform(0.4, 0.9), beta=rng.uniform(0.0, 180.0) * galsim.degrees)
+            seen = galsim.Convolve(galaxy, galsim.Gaussian(sigma=SEEING))
+            seen.drawImage(drawn, center=galsim.PositionD(a, b), method="no_pixel", add_to_image=True)
+        image += drawn.array
+    shifts = rng.uniform(-0.1, 0.1, (2, len(y)))
+    return y, x, fit_sources(y + shifts[0], x + shifts[1], [], make_coadd(image))
+
+
+@pytest.mark.parametrize(("snr", "width_costs"), [(9.0, 3.0), (30.0, 3.0), (200.0, 1.0)])
+def test_stars(snr: float, width_costs: float) -> None:
+    """Fluxes and positions scatter by their errors; bright stars are as precise as the data allow."""
+    flux = snr * POINT_ERROR
+    y, x, found = fit_grid(flux, None, 0.0, seed=3)
+    pull = (found.flux - flux) / found.error
+    n = len(y)
+    assert abs(pull.mean()) < 3.5 / np.sqrt(n)
+    assert 0.75 < np.std(pull) < 1.25  # 72 stars tell it to 0.08
+    offsets = np.array([(found.y - y) / found.y_err, (found.x - x) / found.x_err])
+    assert 0.8 < np.std(offsets) < 1.2
+    assert np.median(found.error) < 1.05 * width_costs * POINT_ERROR
+    assert found.extended.mean() < 0.05
+
+
+@pytest.mark.parametrize(("index", "radius", "snr"), [(1.0, 2.5, 60.0), (1.0, 2.0, 150.0), (2.5, 2.5, 150.0)])
+def test_galaxies_of_unknown_shape(index: float, radius: float, snr: float) -> None:
+    flux = snr * POINT_ERROR
+    y, x, found = fit_grid(flux, index, radius, seed=4)
+    pull = (found.flux - flux) / found.error
+    assert found.extended.all()
+    # All are alike, the prior expects a mixture: that may cost less than half a standard error.
+    assert abs(np.median(found.flux / flux) - 1.0) < 0.5 * np.median(found.error) / flux
+    assert abs(pull.mean()) < 0.5
+    assert 0.75 < np.std(pull) < 1.25
+    assert (found.shape_error < found.error).all()
+    assert (found.shape_error > 0.3 * found.error).all()
+    offsets = np.array([(found.y - y) / found.y_err, (found.x - x) / found.x_err])
+    assert 0.8 < np.std(offsets) < 1.2
+
+
+def test_faint_galaxies_have_the_errors_of_what_is_not_known() -> None:
+    flux = 15.0 * POINT_ERROR
+    _, _, found = fit_grid(flux, 1.0, 2.0, seed=5)
+    assert abs(np.median(found.flux / flux) - 1.0) < 0.08
+    assert abs(np.mean((found.flux - flux) / found.error)) < 0.4
+    assert np.median(found.error) > 1.5 * POINT_ERROR
+
+
+def test_close_pairs_know_that_they_are_close() -> None:
+    """Fluxes of the members of a pair depend on where they are: errors are larger, and still right."""
+    rng = np.random.default_rng(6)
+    y, x = np.mgrid[25:300:34, 23:270:34].reshape(2, -1).astype(float)
+    flux = 100.0 * POINT_ERROR
+    stars = [(a + side * 1.9, b, flux) for a, b in zip(x, y, strict=True) for side in (-1.0, 1.0)]
+    image = gaussian_stars(SHAPE, stars, SEEING) + rng.standard_normal(SHAPE)
+    at = np.array([(b, a) for a, b, _ in stars]).T + rng.uniform(-0.3, 0.3, (2, len(stars)))
+    found = fit_sources(*at, [], make_coadd(image))
+    pull = (found.flux - flux) / found.error
+    # The two of a pair are not independent; together they are as well known as a single star.
+    assert abs(np.median(found.flux / flux) - 1.0) < 0.02
+    assert 0.7 < 1.4826 * np.median(np.abs(pull)) < 1.3
+    assert np.median(found.error) > 2.0 * POINT_ERROR
+
+
+def test_what_is_no_ellipse_has_larger_errors() -> None:
+    """Two bright points, seen as one galaxy, which cannot have their shape."""
+    rng = np.random.default_rng(8)
+    image = gaussian_stars((90, 80), [(38.0, 44.0, 1e5), (42.0, 45.0, 1e5)], SEEING)
+    found = fit_sources(
+        np.array([44.5]), np.array([40.0]), [], make_coadd(image + rng.standard_normal((90, 80)))
+    )
+    assert found.shape_error[0] > 10.0 * POINT_ERROR
+    assert abs(found.flux[0] - 2e5) < 3.0 * found.error[0]
+
+
+def test_a_sky_that_was_left_does_not_change_fluxes() -> None:
+    y, _, found = fit_grid(200.0 * POINT_ERROR, 1.0, 2.5, seed=7, sky=0.3)
+    _, _, without = fit_grid(200.0 * POINT_ERROR, 1.0, 2.5, seed=7)
+    assert abs(found.sky - 0.3) < 0.02
+    np.testing.assert_allclose(found.flux, without.flux, rtol=2e-3)
+    assert len(y) == len(found.flux)
+
+
+def test_bad_input_nothing_and_others() -> None:
+    coadd = make_coadd(np.zeros((70, 90)))
+    with pytest.raises(ValueError, match="one each"):
+        fit_sources(np.array([20.0]), np.array([]), [], coadd)
+    assert len(fit_sources(np.array([]), np.array([]), [], coadd).flux) == 0
+    other = Stamp(40, 60, gaussian_stamp(3.0, 21))
+    image = gaussian_stars((70, 90), [(25.0, 30.0, 900.0)], SEEING)
+    image[other.slices] += 500.0 * other.array
+    found = fit_sources(np.array([30.2]), np.array([24.9]), [other], make_coadd(image))
+    np.testing.assert_allclose([found.flux[0], found.y[0], found.x[0]], [900.0, 30.0, 25.0], rtol=2e-3)
+    assert 0.0 < SYSTEMATIC_FLOOR <= 0.005
