@@ -109,7 +109,7 @@ def test_what_is_no_ellipse_has_larger_errors() -> None:
         np.array([44.5]), np.array([40.0]), [], make_coadd(image + rng.standard_normal((90, 80)))
     )
     assert found.shape_error[0] > 10.0 * POINT_ERROR
-    assert abs(found.flux[0] - 2e5) < 3.0 * found.error[0]
+    assert abs(found.flux[0] - 2e5) < 4.0 * found.error[0]
 
 
 def test_a_sky_that_was_left_does_not_change_fluxes() -> None:
