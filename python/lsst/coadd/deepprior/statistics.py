@@ -41,8 +41,11 @@ from .observation import Observation
 from .operators import CellConvolution, CellLayout, gram_kernels
 from .psf import data_kernel
 
-_KERNEL_CACHE_BYTES = 64 * 2**20
+_KERNEL_CACHE_BYTES = 256 * 2**20
 """Memory that kernels of visits may take; others are made anew each time."""
+
+_OPERATOR_CACHE_BYTES = 128 * 2**20
+"""The same for their transfer functions, which take more."""
 
 
 _MAX_COVERAGE = 2.0
@@ -126,6 +129,58 @@ class SetStatistics:
     objective: torch.Tensor
 
 
+class _Sums:
+    """Sums over visits that `SetStatistics` are made of."""
+
+    def __init__(self, models: torch.Tensor, *, with_coverage: bool) -> None:
+        self._with_coverage = with_coverage
+        # The gradient, and the prediction that has data.
+        self._adjoint = models.new_zeros((1 + with_coverage, *models.shape))
+        self._weighted = torch.zeros_like(models)
+        self._objective = models.new_zeros(len(models))
+
+    def add(
+        self,
+        visit: VisitTensors,
+        chosen: torch.Tensor,
+        prediction: torch.Tensor,
+        clipped: torch.Tensor,
+        residual: torch.Tensor,
+    ) -> None:
+        """Add a visit to some sets; the last three images (set, y, x) are overwritten."""
+        residual.sub_(clipped, alpha=0.5)
+        clipped *= visit.weight
+        prediction *= visit.weight
+        self._objective[chosen] += torch.einsum("syx,syx->s", residual, clipped)
+        self._weighted[chosen] += prediction
+        self._weighted[chosen] += clipped
+        self._adjoint[0, chosen] += visit.kernel.adjoint(clipped)
+        if self._with_coverage:
+            self._adjoint[1, chosen] += visit.kernel.adjoint(prediction)
+
+    def statistics(
+        self, sets: VisitSets, models: torch.Tensor, coverage: torch.Tensor | None
+    ) -> SetStatistics:
+        """Return the statistics; nothing can be added any more."""
+        tiny = torch.finfo(models.dtype).tiny
+        everywhere = sets.gram.forward(models)
+        gradient = self._adjoint[0]
+        if coverage is None:
+            predicted = self._adjoint[1]
+            coverage = (predicted / everywhere.clamp_min(tiny)).clamp_(0.0, _MAX_COVERAGE)
+            seen = predicted.add_(gradient)
+        else:
+            seen = torch.addcmul(gradient, coverage, everywhere)
+        return SetStatistics(
+            sets=sets,
+            matched=everywhere.add_(gradient),
+            seen=seen,
+            coverage=coverage,
+            coadd=self._weighted.div_(sets.depth.clamp_min(tiny)).mul_(sets.depth > 0),
+            objective=self._objective / sets.n_pixels.clamp_min(1.0),
+        )
+
+
 class PatchData:
     """The visits of a patch on their canvas, read one at a time.
 
@@ -176,6 +231,8 @@ class PatchData:
         self.shape = layout.canvas_shape(margin)
         self._observations = observations
         self._kept_kernels: dict[int, torch.Tensor] = {}
+        self._kept_operators: dict[int, CellConvolution] = {}
+        self._noise_of_gradient: tuple[torch.Tensor, torch.Tensor] | None = None
         n_visits = len(observations)
         self.weight = np.zeros((n_visits, layout.n_i, layout.n_j))
         """Inverse sky variance of visit and cell, 0 without a good pixel ((visit, i, j), 1/nJy^2)."""
@@ -252,13 +309,26 @@ class PatchData:
             self._kept_kernels[index] = result
         return result
 
-    def _on_canvas(self, array: np.ndarray, origin: tuple[int, int]) -> torch.Tensor:
-        """Place the array of a visit on the canvas, 0 elsewhere."""
+    def _operator(self, index: int, observation: Observation) -> CellConvolution:
+        """Make the operator of a visit, which is right where the visit has weight."""
+        if index in self._kept_operators:
+            return self._kept_operators[index]
+        used = self.weight[index] > 0.0
+        operator = CellConvolution(self._kernels(index, observation), self.layout, self.margin, used)
+        kept = sum(other.nbytes for other in self._kept_operators.values())
+        if kept + operator.nbytes <= _OPERATOR_CACHE_BYTES:
+            self._kept_operators[index] = operator
+        return operator
+
+    def _on_canvas(
+        self, array: np.ndarray, origin: tuple[int, int], good: torch.Tensor, bad: float = 0.0
+    ) -> torch.Tensor:
+        """Place the array of a visit on the canvas, with a value for pixels that are not good, 0 elsewhere."""
         canvas = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         y, x = origin[0] + self.margin, origin[1] + self.margin
-        canvas[y : y + array.shape[0], x : x + array.shape[1]] = torch.as_tensor(
-            np.ascontiguousarray(array), dtype=self.dtype, device=self.device
-        )
+        inside = canvas[y : y + array.shape[0], x : x + array.shape[1]]
+        values = torch.as_tensor(np.ascontiguousarray(array), dtype=self.dtype, device=self.device)
+        inside.copy_(torch.where(good, values, bad))
         return canvas
 
     def pixel_weight(self, cell_values: np.ndarray) -> np.ndarray:
@@ -268,16 +338,25 @@ class PatchData:
     def visit(self, index: int) -> VisitTensors:
         """Read one visit."""
         observation = self._observations[index]
-        good = observation.good
-        y0, x0 = observation.origin
-        ny, nx = good.shape
-        cell_weight = self.pixel_weight(self.weight[index])[y0 : y0 + ny, x0 : x0 + nx]
+        origin, shape = observation.origin, observation.good.shape
+        good = torch.as_tensor(np.ascontiguousarray(observation.good), device=self.device)
+        weight = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        y, x = origin[0] + self.margin, origin[1] + self.margin
+        weight[y : y + shape[0], x : x + shape[1]] = good
+        cell_weight = torch.as_tensor(self.weight[index], dtype=self.dtype, device=self.device)
+        self._cells_of(weight).mul_(cell_weight[:, None, :, None])
         return VisitTensors(
-            flux=self._on_canvas(np.where(good, observation.flux, 0.0), observation.origin),
-            variance=self._on_canvas(np.where(good, observation.variance, 1.0), observation.origin),
-            weight=self._on_canvas(np.where(good, cell_weight, 0.0), observation.origin),
-            kernel=CellConvolution(self._kernels(index, observation), self.layout, self.margin),
+            flux=self._on_canvas(observation.flux, origin, good),
+            variance=self._on_canvas(observation.variance, origin, good, 1.0),
+            weight=weight,
+            kernel=self._operator(index, observation),
         )
+
+    def _cells_of(self, canvas: torch.Tensor) -> torch.Tensor:
+        """Return a view (cell_i, y, cell_j, x) of the patch on a canvas."""
+        ny, nx = self.layout.shape
+        patch = canvas[self.margin : self.margin + ny, self.margin : self.margin + nx]
+        return patch.unflatten(0, (self.layout.n_i, -1)).unflatten(2, (self.layout.n_j, -1))
 
     def visits(self) -> Iterator[tuple[int, VisitTensors]]:
         """Iterate over visits with at least one good pixel, one in memory at a time."""
@@ -290,7 +369,7 @@ class PatchData:
     ) -> torch.Tensor:
         """Return the standard deviation s of a pixel: its noise and the error of its PSF (nJy)."""
         error = self.psf_error if psf_error is None else psf_error
-        return torch.sqrt(visit.variance + (error * prediction).square())
+        return torch.mul(prediction, error).square_().add_(visit.variance).sqrt_()
 
     def _sum_gram(self) -> torch.Tensor:
         """Add up the kernels of ``K^T w K`` of the visits of every group (group, i, j, k, k)."""
@@ -326,6 +405,8 @@ class PatchData:
         `matched_noise` is that of the sky where no pixel is masked. In stars there is more noise than the
         weights of the cell say.
 
+        It is kept, since it does not depend on the pixel values.
+
         Returns
         -------
         variance : `torch.Tensor`, (y, x)
@@ -334,14 +415,15 @@ class PatchData:
         seen : `torch.Tensor`, (y, x)
             ``sum_t (K_t^2)^T w_t m_t``, the same if v were 1/w everywhere (1/nJy^2).
         """
-        variance = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        seen = torch.zeros_like(variance)
-        for index, visit in self.visits():
-            squared = self._kernels(index, self._observations[index]).square()
-            power = CellConvolution(squared, self.layout, self.margin)
-            variance += power.adjoint(visit.weight.square() * visit.variance)
-            seen += power.adjoint(visit.weight)
-        return variance, seen
+        if self._noise_of_gradient is None:
+            total = torch.zeros((2, *self.shape), dtype=self.dtype, device=self.device)
+            for index, visit in self.visits():
+                squared = self._kernels(index, self._observations[index]).square()
+                power = CellConvolution(squared, self.layout, self.margin, self.weight[index] > 0.0)
+                noise = visit.variance.mul_(visit.weight).mul_(visit.weight)
+                total += power.adjoint(torch.stack([noise, visit.weight]))
+            self._noise_of_gradient = total[0], total[1]
+        return self._noise_of_gradient
 
     def sets(self, members: torch.Tensor | None = None) -> VisitSets:
         """Read the visits once for what their masks, weights and PSFs say of sets of groups.
@@ -386,7 +468,12 @@ class PatchData:
         return members[:, int(self.group[visit])].nonzero()[:, 0].to(self.device)
 
     def linearise(
-        self, sets: VisitSets, models: torch.Tensor, *, psf_error: float | None = None
+        self,
+        sets: VisitSets,
+        models: torch.Tensor,
+        *,
+        psf_error: float | None = None,
+        coverage: torch.Tensor | None = None,
     ) -> SetStatistics:
         """Read the visits once and majorise the objective of every set at its own model.
 
@@ -398,40 +485,25 @@ class PatchData:
             Model u_0 of every set on the canvas, in nJy.
         psf_error : `float`, optional
             Relative error of the PSF to use in place of the instance's.
+        coverage : `torch.Tensor`, (set, y, x), optional
+            Coverage of a model that differs little, to be taken over: a third of the work.
 
         Returns
         -------
         statistics : `SetStatistics`
             The statistics of the sets; those of a set depend on the data of its own visits only.
         """
-        gradient = torch.zeros_like(models)
-        predicted = torch.zeros_like(models)
-        weighted = torch.zeros_like(models)
-        objective = torch.zeros(models.shape[0], dtype=self.dtype, device=self.device)
-        delta = self.huber_delta
+        sums = _Sums(models, with_coverage=coverage is None)
         for index, visit in self.visits():
             chosen = self._sets_of(sets.members, index)
             if len(chosen) == 0:
                 continue
-            prediction = visit.kernel.forward(models[chosen])
+            prediction = visit.kernel.forward(models if len(chosen) == len(models) else models[chosen])
+            limit = self.scale(visit, prediction, psf_error).mul_(self.huber_delta)
             residual = visit.flux - prediction
-            scale = self.scale(visit, prediction, psf_error)
-            clipped = torch.clamp(residual, -delta * scale, delta * scale)
-            gradient[chosen] += visit.kernel.adjoint(visit.weight * clipped)
-            predicted[chosen] += visit.kernel.adjoint(visit.weight * prediction)
-            weighted[chosen] += visit.weight * (prediction + clipped)
-            huber = (residual - 0.5 * clipped) * clipped
-            objective[chosen] += (visit.weight * huber).sum(dim=(-2, -1))
-        tiny = torch.finfo(self.dtype).tiny
-        everywhere = sets.gram.forward(models)
-        return SetStatistics(
-            sets=sets,
-            matched=everywhere + gradient,
-            seen=predicted + gradient,
-            coverage=(predicted / everywhere.clamp_min(tiny)).clamp(0.0, _MAX_COVERAGE),
-            coadd=torch.where(sets.depth > 0, weighted / sets.depth.clamp_min(tiny), 0.0),
-            objective=objective / sets.n_pixels.clamp_min(1.0),
-        )
+            clipped = torch.clamp(residual, -limit, limit)
+            sums.add(visit, chosen, prediction, clipped, residual)
+        return sums.statistics(sets, models, coverage)
 
     def lower_median(self, sets: VisitSets) -> torch.Tensor:
         """Return the pixel-wise lower median of the good pixels of every set of visits.
