@@ -9,8 +9,11 @@ from __future__ import annotations
 
 __all__ = ("FEATURES", "Features", "Trunk", "encoder_features", "latent_and_slope")
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional
@@ -33,6 +36,12 @@ _NEIGHBOURHOOD = 7
 
 _LATENT_RANGE = (-12.0, 13.5)
 """Range of z: from 6e-6 to 3.6e5 times the coadd noise."""
+
+_TILE = {"cpu": 768, "cuda": 2048}
+"""Side in pixels, a multiple of the coarsest pixel, of the tiles of inference by device."""
+
+_HALF = ("cuda",)
+"""Devices on which inference is in bfloat16, which is no faster on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +222,9 @@ class Trunk(nn.Module):
         if self.exit.bias is not None:
             nn.init.zeros_(self.exit.bias)
         self._step = 2 ** len(widths)
+        # What 3x3 convolutions reach: one at the entry and the exit, two in every block; and a coarsest pixel.
+        reach = 2 * (2 + 2 * (self._step - 1) + 2 * (self._step // 2 - 1)) + self._step
+        self._reach = -(-reach // self._step) * self._step
 
     def forward(self, channels: torch.Tensor) -> torch.Tensor:
         """Predict the correction to z.
@@ -244,3 +256,68 @@ class Trunk(nn.Module):
             )
             x = self.decoders[level](x)
         return torch.nn.functional.pixel_shuffle(self.exit(x), 2)[:, 0, :ny, :nx]
+
+    def tile_by_tile(self, channels: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
+        """Predict the correction of an image of any size with the memory of a tile, and without seams.
+
+        Tiles overlap by what the network sees around a pixel, so that the result is that of the whole image.
+        On a GPU the convolutions are those of bfloat16.
+
+        Parameters
+        ----------
+        channels : `torch.Tensor`, (feature, y, x)
+            Features.
+        dy, dx : `int`
+            Number of rows and columns, 0 or 1, by which the image is shifted to larger y and x for the
+            network.
+
+        Returns
+        -------
+        correction : `torch.Tensor`, (y, x)
+            To be added to z_0, at its place.
+        """
+        ny, nx = channels.shape[-2:]
+        device = channels.device.type
+        size = _TILE.get(device, _TILE["cuda"])
+        half = torch.autocast(device, torch.bfloat16) if device in _HALF else contextlib.nullcontext()
+        correction = torch.empty_like(channels[0])
+        for rows, columns in itertools.product(
+            _spans(ny, dy, size, self._reach), _spans(nx, dx, size, self._reach)
+        ):
+            tile = channels[None, :, rows.source, columns.source]
+            padding = (columns.before, 0, rows.before, 0)
+            with half:
+                result = self(torch.nn.functional.pad(tile, padding, mode="replicate"))[0]
+            correction[rows.target, columns.target] = result[rows.inside, columns.inside]
+        return correction
+
+
+class _Span(NamedTuple):
+    """Pixels of a tile along one axis."""
+
+    source: slice
+    """Those that are read."""
+    before: int
+    """How often the first of them is repeated before them."""
+    inside: slice
+    """Those of the result that are right."""
+    target: slice
+    """Where they belong."""
+
+
+def _spans(length: int, shift: int, size: int, reach: int) -> list[_Span]:
+    """Cut an axis that is shifted by some pixels into tiles with some pixels around them."""
+    spans = []
+    for first in range(0, length + shift, size):
+        last = min(first + size, length + shift)
+        low, high = max(first - reach, 0), min(last + reach, length + shift)
+        begin = max(first, shift)
+        spans.append(
+            _Span(
+                slice(max(low - shift, 0), high - shift),
+                shift if low == 0 else 0,
+                slice(begin - low, last - low),
+                slice(begin - shift, last - shift),
+            )
+        )
+    return spans

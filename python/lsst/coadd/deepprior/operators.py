@@ -220,7 +220,9 @@ class CellConvolution:
         lead = torch.broadcast_shapes(image.shape[:-2], self._batch)
         after = [need - have for need, have in zip(tiles.extent(self._fft_shape), self.shape, strict=True)]
         # Pixels beyond the tile and its halo wrap around to nowhere.
-        padded = torch.nn.functional.pad(image, (halo, max(after[1] - halo, 0), halo, max(after[0] - halo, 0)))
+        padded = torch.nn.functional.pad(
+            image, (halo, max(after[1] - halo, 0), halo, max(after[0] - halo, 0))
+        )
         total = image.new_zeros((*lead, *tiles.extent(tiles.tile)))
         height, width = tiles.tile
         for rows, columns in tiles.blocks(self._at_once(image, lead)):
@@ -290,9 +292,7 @@ class _Tiles:
                 if self._used[block].any():
                     yield block
 
-    def view(
-        self, image: torch.Tensor, rows: slice, columns: slice, tile: Sequence[int]
-    ) -> torch.Tensor:
+    def view(self, image: torch.Tensor, rows: slice, columns: slice, tile: Sequence[int]) -> torch.Tensor:
         """Return a block of tiles (..., row, column, y, x) of an image, as a view."""
         for dim, some, step, length in zip((-2, -1), (rows, columns), self._stride, tile, strict=True):
             image = image.narrow(dim, some.start * step, (some.stop - some.start - 1) * step + length)

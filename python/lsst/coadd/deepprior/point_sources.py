@@ -34,7 +34,7 @@ import torch
 
 from .baselines import inner_smooth
 from .psf import FWHM_PER_SIGMA, gaussian_stamp, inner_sigma
-from .statistics import PatchData, VisitSets
+from .statistics import PatchData, SetStatistics, VisitSets
 
 _MIN_SNR = 30.0
 """Signal to noise ratio above which a peak may be a point. Below it the data seldom tell a small galaxy from
@@ -69,12 +69,13 @@ _LINK = 1.5
 _MAX_SHIFT = 1.5
 """Distance in pixels that a point may move from its peak."""
 
-_PSF_ERRORS = (0.3, 0.1, 0.03, 0.0, 0.0)
-"""Least relative error of the PSF in the passes of the first round: with the flux of the peaks a saturated
-star may be off by much, and clipping would keep it so."""
+_PSF_ERRORS = (0.3, 0.05, 0.0)
+"""Least relative error of the PSF in the passes over the visits of the first round: with the flux of the
+peaks a saturated star may be off by much, and clipping would keep it so. The other rounds, from which points
+were dropped, have one pass without."""
 
-_LATER_PASSES = 2
-"""Passes of the other rounds, from which points were dropped."""
+_STEPS = 2
+"""Gauss-Newton steps in a pass."""
 
 _ROUNDS = 4
 
@@ -196,8 +197,8 @@ class _Canvas:
     def __init__(self, data: PatchData, sets: VisitSets, latent: torch.Tensor) -> None:
         self.data = data
         self.sets = sets
-        self.latent = latent.cpu().numpy().astype(float)
-        self.image = inner_smooth(latent, data.sigma).cpu().numpy().astype(float)
+        self.latent = latent.cpu().numpy()
+        self.image = inner_smooth(latent, data.sigma).cpu().numpy()
         self.peak = float(gaussian_stamp(data.sigma).max())
         self.seeing = float(np.median(data.seeing[data.group >= 0]))
         sky = data.matched_noise().cpu().numpy()
@@ -207,6 +208,7 @@ class _Canvas:
         self.excess = np.maximum(self.variance / np.maximum(seen, tiny), 1.0)
         self.snr = self.image / self.peak * np.sqrt(np.maximum(seen, 0.0)) * (sky > 0.0)
         self.gram = data.gram_kernel().cpu().numpy()
+        self._statistics: SetStatistics | None = None
 
     def peaks(self, width: int, snr: float) -> np.ndarray:
         """Return the local maxima in boxes of some width above some S/N, (peak, 2)."""
@@ -235,23 +237,33 @@ class _Canvas:
             template.cut(total)[...] += template.images[0]
         return torch.as_tensor(total, dtype=self.data.dtype, device=self.data.device)
 
-    def gradient(self, model: torch.Tensor, psf_error: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Linearise at a model; return the gradient N - c A u, the part c that has data, and c A u."""
-        statistics = self.data.linearise(self.sets, model[None], psf_error=psf_error)
-        prediction = statistics.coverage[0] * self.sets.gram.forward(model[None])[0]
-        images = (statistics.seen[0] - prediction, statistics.coverage[0].clamp(1e-3, 1.0), prediction)
-        gradient, coverage, prediction_array = (image.cpu().numpy().astype(float) for image in images)
-        return gradient, coverage, prediction_array
+    def linearise(self, model: torch.Tensor, psf_error: float) -> None:
+        """Read the visits once; the coverage is that of the first time."""
+        coverage = None if self._statistics is None else self._statistics.coverage
+        self._statistics = self.data.linearise(self.sets, model[None], psf_error=psf_error, coverage=coverage)
+
+    def gradient(self, model: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the gradient N - c A u of a model, the part c that has data, and c A u."""
+        if self._statistics is None:
+            raise RuntimeError("The data must be linearised before their gradient is taken.")
+        prediction = self.sets.gram.forward(model[None])[0].mul_(self._statistics.coverage[0])
+        gradient = self._statistics.seen[0] - prediction
+        return (
+            gradient.cpu().numpy(),
+            self._statistics.coverage[0].clamp(1e-3, 1.0).cpu().numpy(),
+            prediction.cpu().numpy(),
+        )
 
 
 def point_sources(data: PatchData, sets: VisitSets, latent: torch.Tensor) -> PointSources:
     r"""Replace what the data cannot tell from points by points.
 
     Peaks of the image above `_MIN_SNR` are fitted as points over the rest of the image, all visits together,
-    by Gauss-Newton steps on the robust objective: with the gradient :math:`D = N - c A u` of the matched
-    image and the templates :math:`T = \partial u / \partial\theta` a step solves :math:`(T^T A T)\, \delta =
-    T^T D`. A point stays if its second moments, by a score test on the same gradient that allows for the
-    error of the PSF, and all that it leaves within one FWHM are insignificant. Where one does not stay, the
+    by Gauss-Newton steps on the robust objective, some in each pass over the visits: with the gradient
+    :math:`D = N - c A u` of the matched image and the templates :math:`T = \partial u / \partial\theta` a step
+    solves :math:`(T^T A T)\, \delta = T^T D`. A point stays if its second moments, by a score test on the same
+    gradient that allows for the error of the PSF, and all that it leaves within one FWHM are insignificant.
+    Where one does not stay, the
     image is as it was: galaxies, blends that nothing resolves, stars whose PSF is wrong by more than its
     error.
 
@@ -278,9 +290,11 @@ def point_sources(data: PatchData, sets: VisitSets, latent: torch.Tensor) -> Poi
             break
         rest = _rest(canvas, points)
         groups = _groups(points, _LINK * canvas.seeing)
-        for least in _PSF_ERRORS if number == 0 else (0.0,) * _LATER_PASSES:
-            gradient, coverage, _ = canvas.gradient(canvas.model(rest, points), max(least, data.psf_error))
-            points = _moved(canvas, points, peaks, groups, gradient, coverage)
+        for least in _PSF_ERRORS if number == 0 else (0.0,):
+            canvas.linearise(canvas.model(rest, points), max(least, data.psf_error))
+            for _ in range(_STEPS):
+                gradient, coverage, _ = canvas.gradient(canvas.model(rest, points))
+                points = _moved(canvas, points, peaks, groups, gradient, coverage)
         stays = _insignificant(canvas, points, groups, canvas.model(rest, points))
         if stays.all():
             break
@@ -426,7 +440,8 @@ def _insignificant(
 ) -> np.ndarray:
     """Tell which points leave nothing significant in the data, (point,) bool."""
     data = canvas.data
-    gradient, coverage, prediction = canvas.gradient(model, _TEST_PSF_ERROR)
+    canvas.linearise(model, _TEST_PSF_ERROR)
+    gradient, coverage, prediction = canvas.gradient(model)
     tiny = float(np.finfo(np.float32).tiny)
     deviation = np.abs(gradient) / np.sqrt(canvas.variance + (data.psf_error * prediction) ** 2 + tiny)
     moment_error = _moment_variance(canvas) * np.eye(3)

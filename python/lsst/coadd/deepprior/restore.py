@@ -34,6 +34,7 @@ from .joint_fit import Coadd
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
 from .noise_correlation import visit_correlations
+from .noise_draws import draw_noise
 from .observation import Observation
 from .operators import CellLayout
 from .outliers import Outlier
@@ -293,11 +294,16 @@ def restore(
     layers = coadd_layers(data, latent, observations)
     times["coadd"] = time.monotonic() - mark
     mark = time.monotonic()
-    variance, draws, residual_draws = _variance(observations, data, latent, sets, net, settings, progress)
+    correlations = visit_correlations(data, latent, observations)
+    variance, draws, residual_draws = _variance(
+        observations, data, latent, sets, net, settings, correlations, progress
+    )
     times["noise"] = time.monotonic() - mark
     mark = time.monotonic()
     leakage = (
-        _leakage(observations, data, latent, sets, net, settings, draws[0]) if settings.check_psf else []
+        _leakage(observations, data, latent, sets, net, settings, correlations, draws[0])
+        if settings.check_psf
+        else []
     )
     times["psf"] = time.monotonic() - mark
     covered = layers.n_good > 0
@@ -366,21 +372,20 @@ def _variance(
     sets: VisitSets,
     net: Trunk | None,
     settings: RestoreSettings,
+    correlations: np.ndarray,
     progress: Progress | None,
 ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
     """Restore new noise on the model itself; return the variance of what changes, and what to publish."""
     image = _image(data, latent)
-    correlations = visit_correlations(data, latent, observations)
     differences, residuals = [], []
     n_draws = max(settings.n_variance_draws, settings.n_noise_realizations)
     for draw in range(n_draws):
-        model = NoisyModel(observations, data, latent, settings.seed + 1000 * (draw + 1), correlations)
-        noisy = data.with_observations(model)
-        solution = maximum_likelihood(noisy, sets, steps=settings.base_steps)
-        again = _latent(noisy, sets, net, encoder_features(solution)[0])
-        differences.append(_image(data, again.latent) - image)
+        seed = settings.seed + 1000 * (draw + 1)
+        again = _restored_draw(data, sets, net, latent, seed, correlations, settings)
+        differences.append(_image(data, again) - image)
         if draw < settings.n_noise_realizations:
-            residuals.append(coadd_layers(noisy, again.latent, observations).residual)
+            model = NoisyModel(observations, data, latent, seed, correlations)
+            residuals.append(coadd_layers(data.with_observations(model), again, observations).residual)
         if progress is not None:
             progress("noise", draw + 1, n_draws, float(np.std(differences[-1])))
     depth = data.weight.sum(axis=0)
@@ -395,18 +400,32 @@ def _leakage(
     sets: VisitSets,
     net: Trunk | None,
     settings: RestoreSettings,
+    correlations: np.ndarray,
     first_draw: np.ndarray,
 ) -> list[dict[str, Any]]:
     """Restore the first noise realisation once more, with stars in it; compare them with the target PSF."""
     image = _image(data, latent)
     stars = place_stars(data, observations, image, settings.seed)
     with_stars = latent + injected_latent(data, stars)
-    correlations = visit_correlations(data, latent, observations)
-    model = NoisyModel(observations, data, with_stars, settings.seed + 1000, correlations)
-    noisy = data.with_observations(model)
+    again = _restored_draw(data, sets, net, with_stars, settings.seed + 1000, correlations, settings)
+    return measure_leakage(_image(data, again) - (image + first_draw), stars, data.sigma)
+
+
+def _restored_draw(
+    data: PatchData,
+    sets: VisitSets,
+    net: Trunk | None,
+    latent: torch.Tensor,
+    seed: int,
+    correlations: np.ndarray,
+    settings: RestoreSettings,
+) -> torch.Tensor:
+    """Return the latent image that is restored from new noise on a model."""
+    noisy = draw_noise(data, sets, latent, seed, correlations)
     solution = maximum_likelihood(noisy, sets, steps=settings.base_steps)
-    again = _latent(noisy, sets, net, encoder_features(solution)[0])
-    return measure_leakage(_image(data, again.latent) - (image + first_draw), stars, data.sigma)
+    features = encoder_features(solution)[0]
+    del solution
+    return _latent(noisy, sets, net, features).latent
 
 
 def _metrics(

@@ -25,10 +25,18 @@ and dropped.
 
 from __future__ import annotations
 
-__all__ = ("NothingToRestoreError", "PatchData", "SetStatistics", "VisitSets", "VisitTensors")
+__all__ = (
+    "NothingToRestoreError",
+    "PatchData",
+    "SetStatistics",
+    "StatisticsSums",
+    "VisitSets",
+    "VisitTensors",
+)
 
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -36,7 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional
 
-from .groups import deal_groups, lower_median
+from .groups import deal_groups, lower_median, median_of
 from .observation import Observation
 from .operators import CellConvolution, CellLayout, gram_kernels
 from .psf import data_kernel
@@ -47,6 +55,9 @@ _KERNEL_CACHE_BYTES = 256 * 2**20
 _OPERATOR_CACHE_BYTES = 128 * 2**20
 """The same for their transfer functions, which take more."""
 
+
+_MIN_COVERAGE = 1e-3
+"""Part of the prediction that must have data for a pixel to be changed."""
 
 _MAX_COVERAGE = 2.0
 """Largest coverage; a bound of 1 would shift the solution where A predicts less than the visits do."""
@@ -128,9 +139,22 @@ class SetStatistics:
     coadd: torch.Tensor
     objective: torch.Tensor
 
+    @functools.cached_property
+    def uncovered(self) -> torch.Tensor:
+        """Pixels of whose prediction too little has data to change them (`torch.Tensor`, bool)."""
+        return self.coverage <= _MIN_COVERAGE
 
-class _Sums:
-    """Sums over visits that `SetStatistics` are made of."""
+
+class StatisticsSums:
+    """Sums over visits that `SetStatistics` are made of.
+
+    Parameters
+    ----------
+    models : `torch.Tensor`, (set, y, x)
+        Model of every set.
+    with_coverage : `bool`
+        Whether the coverage is computed.
+    """
 
     def __init__(self, models: torch.Tensor, *, with_coverage: bool) -> None:
         self._with_coverage = with_coverage
@@ -147,7 +171,17 @@ class _Sums:
         clipped: torch.Tensor,
         residual: torch.Tensor,
     ) -> None:
-        """Add a visit to some sets; the last three images (set, y, x) are overwritten."""
+        """Add a visit to some sets.
+
+        Parameters
+        ----------
+        visit : `VisitTensors`
+            The visit.
+        chosen : `torch.Tensor`, (chosen,), int
+            The sets.
+        prediction, clipped, residual : `torch.Tensor`, (chosen, y, x)
+            Model at the PSF of the visit, clipped residual and residual, in nJy; they are overwritten.
+        """
         residual.sub_(clipped, alpha=0.5)
         clipped *= visit.weight
         prediction *= visit.weight
@@ -161,7 +195,17 @@ class _Sums:
     def statistics(
         self, sets: VisitSets, models: torch.Tensor, coverage: torch.Tensor | None
     ) -> SetStatistics:
-        """Return the statistics; nothing can be added any more."""
+        """Return the statistics, after which nothing can be added.
+
+        Parameters
+        ----------
+        sets : `VisitSets`
+            The sets.
+        models : `torch.Tensor`, (set, y, x)
+            Their models.
+        coverage : `torch.Tensor`, (set, y, x) or `None`
+            The coverage, where it was not computed.
+        """
         tiny = torch.finfo(models.dtype).tiny
         everywhere = sets.gram.forward(models)
         gradient = self._adjoint[0]
@@ -233,6 +277,8 @@ class PatchData:
         self._kept_kernels: dict[int, torch.Tensor] = {}
         self._kept_operators: dict[int, CellConvolution] = {}
         self._noise_of_gradient: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._statistics: SetStatistics | None = None
+        self._median: torch.Tensor | None = None
         n_visits = len(observations)
         self.weight = np.zeros((n_visits, layout.n_i, layout.n_j))
         """Inverse sky variance of visit and cell, 0 without a good pixel ((visit, i, j), 1/nJy^2)."""
@@ -260,6 +306,20 @@ class PatchData:
             raise ValueError(f"{len(observations)} visits cannot stand in for {len(self)}.")
         other = copy.copy(self)
         other._observations = observations
+        return other
+
+    def with_statistics(self, statistics: SetStatistics, median: torch.Tensor) -> PatchData:
+        """Return the same patch with the statistics of other pixel values, which are not read any more.
+
+        Parameters
+        ----------
+        statistics : `SetStatistics`
+            What `linearise` returns for all models.
+        median : `torch.Tensor`, (set, y, x)
+            What `lower_median` returns.
+        """
+        other = copy.copy(self)
+        other._statistics, other._median = statistics, median
         return other
 
     @property
@@ -323,7 +383,7 @@ class PatchData:
     def _on_canvas(
         self, array: np.ndarray, origin: tuple[int, int], good: torch.Tensor, bad: float = 0.0
     ) -> torch.Tensor:
-        """Place the array of a visit on the canvas, with a value for pixels that are not good, 0 elsewhere."""
+        """Place the array of a visit on the canvas, with a value for bad pixels, and 0 elsewhere."""
         canvas = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         y, x = origin[0] + self.margin, origin[1] + self.margin
         inside = canvas[y : y + array.shape[0], x : x + array.shape[1]]
@@ -337,6 +397,10 @@ class PatchData:
 
     def visit(self, index: int) -> VisitTensors:
         """Read one visit."""
+        return self.visit_with_box(index)[0]
+
+    def visit_with_box(self, index: int) -> tuple[VisitTensors, tuple[int, int], tuple[int, int]]:
+        """Read one visit, with the shape of its image and the position of that in the array of the patch."""
         observation = self._observations[index]
         origin, shape = observation.origin, observation.good.shape
         good = torch.as_tensor(np.ascontiguousarray(observation.good), device=self.device)
@@ -345,12 +409,13 @@ class PatchData:
         weight[y : y + shape[0], x : x + shape[1]] = good
         cell_weight = torch.as_tensor(self.weight[index], dtype=self.dtype, device=self.device)
         self._cells_of(weight).mul_(cell_weight[:, None, :, None])
-        return VisitTensors(
+        visit = VisitTensors(
             flux=self._on_canvas(observation.flux, origin, good),
             variance=self._on_canvas(observation.variance, origin, good, 1.0),
             weight=weight,
             kernel=self._operator(index, observation),
         )
+        return visit, (shape[0], shape[1]), origin
 
     def _cells_of(self, canvas: torch.Tensor) -> torch.Tensor:
         """Return a view (cell_i, y, cell_j, x) of the patch on a canvas."""
@@ -493,7 +558,9 @@ class PatchData:
         statistics : `SetStatistics`
             The statistics of the sets; those of a set depend on the data of its own visits only.
         """
-        sums = _Sums(models, with_coverage=coverage is None)
+        if self._statistics is not None:
+            return self._statistics
+        sums = StatisticsSums(models, with_coverage=coverage is None)
         for index, visit in self.visits():
             chosen = self._sets_of(sets.members, index)
             if len(chosen) == 0:
@@ -517,14 +584,24 @@ class PatchData:
         median : `torch.Tensor`, (set, y, x)
             nJy, 0 far from all good pixels of a set.
         """
-        of_groups = torch.stack(
+        if self._median is not None:
+            return self._median
+        return self.median_of_groups(
+            sets,
             [
                 lower_median(self._masked_flux(int(index)) for index in np.flatnonzero(self.group == group))
                 for group in range(self.n_groups)
+            ],
+        )
+
+    def median_of_groups(self, sets: VisitSets, of_groups: list[torch.Tensor]) -> torch.Tensor:
+        """Return the `lower_median` of sets from that of every group, (y, x), which is NaN without data."""
+        median = torch.stack(
+            [
+                median_of([image for image, member in zip(of_groups, members, strict=True) if member])
+                for members in sets.members.tolist()
             ]
         )
-        # torch's nanmedian is the lower of the two middle values.
-        median = torch.stack([of_groups[m.to(self.device)].nanmedian(dim=0).values for m in sets.members])
         ny, nx = self.layout.shape
         patch = median[:, self.margin : self.margin + ny, self.margin : self.margin + nx]
         for _ in range(self.margin):
