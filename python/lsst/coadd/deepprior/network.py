@@ -222,7 +222,7 @@ class Trunk(nn.Module):
         if self.exit.bias is not None:
             nn.init.zeros_(self.exit.bias)
         self._step = 2 ** len(widths)
-        # What 3x3 convolutions reach: one at the entry and the exit, two in every block; and a coarsest pixel.
+        # What 3x3 convolutions reach, one at entry and exit and two in every block, and a coarsest pixel.
         reach = 2 * (2 + 2 * (self._step - 1) + 2 * (self._step // 2 - 1)) + self._step
         self._reach = -(-reach // self._step) * self._step
 

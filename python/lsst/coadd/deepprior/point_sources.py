@@ -260,10 +260,10 @@ def point_sources(data: PatchData, sets: VisitSets, latent: torch.Tensor) -> Poi
 
     Peaks of the image above `_MIN_SNR` are fitted as points over the rest of the image, all visits together,
     by Gauss-Newton steps on the robust objective, some in each pass over the visits: with the gradient
-    :math:`D = N - c A u` of the matched image and the templates :math:`T = \partial u / \partial\theta` a step
-    solves :math:`(T^T A T)\, \delta = T^T D`. A point stays if its second moments, by a score test on the same
-    gradient that allows for the error of the PSF, and all that it leaves within one FWHM are insignificant.
-    Where one does not stay, the
+    :math:`D = N - c A u` of the matched image and the templates :math:`T = \partial u / \partial\theta` a
+    step solves :math:`(T^T A T)\, \delta = T^T D`. A point stays if its second moments, by a score test on
+    the same gradient that allows for the error of the PSF, and all that it leaves within one FWHM are
+    insignificant. Where one does not stay, the
     image is as it was: galaxies, blends that nothing resolves, stars whose PSF is wrong by more than its
     error.
 

@@ -52,6 +52,10 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int, float], None]
 """Called with the phase, the step, the number of steps and the loss."""
 
+_DRAW_STEPS = 0.3
+"""Steps of maximum likelihood for a noise realisation, as a part of those of the image: without new
+linearisations, which disturb their acceleration, so many give bright pixels the same noise."""
+
 MARGIN = 16
 """Width in pixels of the canvas around the patch, for the light of sources just outside."""
 
@@ -422,7 +426,8 @@ def _restored_draw(
 ) -> torch.Tensor:
     """Return the latent image that is restored from new noise on a model."""
     noisy = draw_noise(data, sets, latent, seed, correlations)
-    solution = maximum_likelihood(noisy, sets, steps=settings.base_steps)
+    steps = math.ceil(_DRAW_STEPS * settings.base_steps)
+    solution = maximum_likelihood(noisy, sets, steps=steps)
     features = encoder_features(solution)[0]
     del solution
     return _latent(noisy, sets, net, features).latent
