@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional
 
 from .psf import FWHM_PER_SIGMA, gaussian_stamp, inner_sigma
-from .statistics import PatchData, SetStatistics, VisitSets
+from .statistics import PatchData, SetStatistics, VisitSets, set_products
 
 PSF_ERRORS = (1.0, 0.3, 0.1, 0.03)
 """PSF errors of the first refreshes: star cores are clipped only once the model has come near them."""
@@ -80,12 +80,13 @@ def inner_smooth(latent: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def _convolved(images: torch.Tensor, stamp: np.ndarray) -> torch.Tensor:
-    """Convolve images (..., y, x), which are zero outside, with a stamp of odd size."""
-    kernel = torch.as_tensor(stamp, dtype=images.dtype, device=images.device)
+    """Convolve images (..., y, x), which are zero outside, with a round Gaussian stamp of odd size."""
+    profile = torch.as_tensor(stamp.sum(axis=0), dtype=images.dtype, device=images.device)
+    half = len(profile) // 2
     flat = images.reshape(-1, 1, *images.shape[-2:])
-    return torch.nn.functional.conv2d(flat, kernel[None, None], padding=kernel.shape[-1] // 2).reshape(
-        images.shape
-    )
+    flat = torch.nn.functional.conv2d(flat, profile[None, None, :, None], padding=(half, 0))
+    flat = torch.nn.functional.conv2d(flat, profile[None, None, None], padding=(0, half))
+    return flat.reshape(images.shape)
 
 
 def maximum_likelihood_step(latent: torch.Tensor, statistics: SetStatistics) -> torch.Tensor:
@@ -152,7 +153,7 @@ class AcceleratedSteps:
 
 def _dot(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return the scalar product of images set by set, (set, 1, 1)."""
-    return torch.einsum("syx,syx->s", one, other)[:, None, None]
+    return set_products(one, other)[:, None, None]
 
 
 def robust_start(data: PatchData, sets: VisitSets) -> tuple[torch.Tensor, torch.Tensor]:

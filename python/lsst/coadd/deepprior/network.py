@@ -139,9 +139,14 @@ def _significance(sets: VisitSets, gradient: torch.Tensor, full: torch.Tensor) -
     central = ((sets.gram.forward(probe) / full) * probe).sum(dim=(-2, -1), keepdim=True)
     significance = gradient.abs() / (central * full).clamp_min(torch.finfo(full.dtype).tiny).sqrt()
     half = _NEIGHBOURHOOD // 2
-    largest = torch.nn.functional.max_pool2d(significance, _NEIGHBOURHOOD, stride=1, padding=half)
-    padded = torch.nn.functional.pad(largest[:, None], (half,) * 4, mode="replicate")
-    return torch.nn.functional.avg_pool2d(padded, _NEIGHBOURHOOD, stride=1)[:, 0]
+    image = significance[:, None]
+    for pool, mode, value in (("max", "constant", -torch.inf), ("avg", "replicate", 0.0)):
+        for axis in ((1, 0), (0, 1)):
+            border = (half * axis[1], half * axis[1], half * axis[0], half * axis[0])
+            window = (1 + 2 * half * axis[0], 1 + 2 * half * axis[1])
+            padded = torch.nn.functional.pad(image, border, mode=mode, value=value)
+            image = getattr(torch.nn.functional, f"{pool}_pool2d")(padded, window, stride=1)
+    return image[:, 0]
 
 
 def latent_and_slope(z: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -200,7 +200,7 @@ class CellConvolution:
         if self._windows is None:
             return self._apply(image, None, adjoint=True)
         tiles, halo = self._tiles, self.halo
-        lead = torch.broadcast_shapes(image.shape[:-2], self._batch)
+        lead = self._lead(image)
         total = image.new_zeros((*lead, *(n + 2 * halo for n in self.shape)))
         height, width = tiles.tile
         for rows, columns in tiles.blocks(self._at_once(image, lead)):
@@ -217,7 +217,7 @@ class CellConvolution:
     def _apply(self, image: torch.Tensor, windows: torch.Tensor | None, *, adjoint: bool) -> torch.Tensor:
         """Convolve tile by tile and add up what is inside the tiles, weighted with windows if there are."""
         tiles, halo = self._tiles, self.halo
-        lead = torch.broadcast_shapes(image.shape[:-2], self._batch)
+        lead = self._lead(image)
         after = [need - have for need, have in zip(tiles.extent(self._fft_shape), self.shape, strict=True)]
         # Pixels beyond the tile and its halo wrap around to nowhere.
         padded = torch.nn.functional.pad(
@@ -234,6 +234,12 @@ class CellConvolution:
             tiles.add(total, rows, columns, result if windows is None else result * windows[rows, columns])
         return total[..., : self.shape[0], : self.shape[1]]
 
+    def _lead(self, image: torch.Tensor) -> Sequence[int]:
+        """Return the leading dimensions of what comes of an image."""
+        if image.ndim == 2 or not self._batch:
+            return image.shape[:-2] if image.ndim > 2 else self._batch
+        return torch.broadcast_shapes(image.shape[:-2], self._batch)
+
     def _at_once(self, image: torch.Tensor, lead: Sequence[int]) -> int:
         return _tiles_at_once(math.prod(lead) * math.prod(self._fft_shape), image)
 
@@ -246,7 +252,7 @@ class CellConvolution:
     def _filter(self, tiles: torch.Tensor, transfer: torch.Tensor) -> torch.Tensor:
         """Multiply tiles of the FFT shape by a transfer function."""
         spectrum = torch.fft.rfft2(tiles)
-        if spectrum.shape[:-2] == torch.broadcast_shapes(spectrum.shape[:-2], transfer.shape[:-2]):
+        if spectrum.shape[:-4] == transfer.shape[:-4] or transfer.ndim == 4:
             spectrum *= transfer
         else:
             spectrum = spectrum * transfer

@@ -32,6 +32,7 @@ __all__ = (
     "StatisticsSums",
     "VisitSets",
     "VisitTensors",
+    "set_products",
 )
 
 import copy
@@ -145,6 +146,11 @@ class SetStatistics:
         return self.coverage <= _MIN_COVERAGE
 
 
+def set_products(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the scalar products of images (set, y, x) set by set, (set,), without a copy of them."""
+    return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(one, other, strict=True)])
+
+
 class StatisticsSums:
     """Sums over visits that `SetStatistics` are made of.
 
@@ -185,7 +191,7 @@ class StatisticsSums:
         residual.sub_(clipped, alpha=0.5)
         clipped *= visit.weight
         prediction *= visit.weight
-        self._objective[chosen] += torch.einsum("syx,syx->s", residual, clipped)
+        self._objective[chosen] += set_products(residual, clipped)
         self._weighted[chosen] += prediction
         self._weighted[chosen] += clipped
         self._adjoint[0, chosen] += visit.kernel.adjoint(clipped)
@@ -605,6 +611,8 @@ class PatchData:
         ny, nx = self.layout.shape
         patch = median[:, self.margin : self.margin + ny, self.margin : self.margin + nx]
         for _ in range(self.margin):
+            if not bool(patch.isnan().any()):
+                break
             filled = torch.nn.functional.max_pool2d(patch.nan_to_num(-torch.inf), 3, stride=1, padding=1)
             patch[...] = torch.where(patch.isnan() & filled.isfinite(), 0.75 * filled, patch)
         return median.nan_to_num(0.0)
