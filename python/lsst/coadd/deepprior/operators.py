@@ -141,7 +141,7 @@ class CellConvolution:
         self.shape = layout.canvas_shape(margin)
         self.halo = k // 2
         self._batch = kernels.shape[:-4]
-        self._tiles = _CellTiles(layout, margin, used)
+        self._tiles: _Tiles = _CellTiles(layout, margin, used)
         first = kernels[..., :1, :1, :, :]
         if bool((kernels - first).abs().max() <= 4.0 * torch.finfo(kernels.dtype).eps * first.abs().max()):
             kernels = kernels[..., :1, :1, :, :]

@@ -43,7 +43,7 @@ from .prior_carried import prior_carried
 from .psf import FWHM_PER_SIGMA, gaussian_stamp, target_sigma
 from .psf_check import injected_latent, measure_leakage, place_stars
 from .scratch import fit_scratch
-from .statistics import NothingToRestoreError, PatchData, VisitSets
+from .statistics import PatchData, VisitSets
 from .weights import TrainedNetwork
 
 if TYPE_CHECKING:
@@ -245,19 +245,16 @@ def restore(
     result is the maximum-likelihood base. ``metrics["method"]`` says what was done.
     """
     started = time.monotonic()
-    seeing = [observation.seeing() for observation in observations]
-    if not np.any(np.isfinite(seeing)):
-        raise NothingToRestoreError("No visit of the patch has a PSF in any cell.")
-    sigma = target_sigma([s for s in seeing if math.isfinite(s)], settings.target_fwhm)
     data = PatchData(
         observations,
         layout,
-        sigma,
+        lambda seeing: target_sigma(seeing, settings.target_fwhm),
         margin=MARGIN,
         huber_delta=settings.huber_delta,
         psf_error=settings.psf_error,
         device=device,
     )
+    sigma = data.sigma
     sets = data.sets()
     times = {"read": time.monotonic() - started}
     curves: dict[str, list[float]] = {"base_step": [], "base_objective": [], "fit_step": [], "held_out": []}
@@ -272,6 +269,7 @@ def restore(
     solution = maximum_likelihood(data, sets, steps=settings.base_steps, progress=base_progress)
     features = encoder_features(solution)[0]
     conditions = patch_conditions(data, solution)
+    del solution
     times["base"] = time.monotonic() - mark
     mark = time.monotonic()
     outside = network.outside(conditions) if network is not None else []
@@ -290,6 +288,7 @@ def restore(
         curves["held_out"] = [value for _, value in curve]
     points = _latent(data, sets, net, features)
     latent = points.latent
+    del features
     times["fit"] = time.monotonic() - mark
     mark = time.monotonic()
     image = _image(data, latent)

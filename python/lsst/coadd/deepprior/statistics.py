@@ -39,7 +39,7 @@ import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -240,8 +240,9 @@ class PatchData:
         The visits; indexed one at a time, so a lazy sequence may read them from disk.
     layout : `~lsst.coadd.deepprior.operators.CellLayout`
         Cells of the patch.
-    sigma : `float`
-        Sigma of the target PSF in pixels.
+    sigma : `float` or `~collections.abc.Callable`
+        Sigma of the target PSF in pixels, or a function of the FWHM of the visits in pixels, (visit,), those
+        that have one, that returns it.
     margin : `int`
         Width of the canvas around the patch in pixels.
     huber_delta : `float`
@@ -263,7 +264,7 @@ class PatchData:
         self,
         observations: Sequence[Observation],
         layout: CellLayout,
-        sigma: float,
+        sigma: float | Callable[[np.ndarray], float],
         *,
         margin: int = 16,
         huber_delta: float = 1.5,
@@ -272,7 +273,6 @@ class PatchData:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.layout = layout
-        self.sigma = sigma
         self.margin = margin
         self.huber_delta = huber_delta
         self.psf_error = psf_error
@@ -296,6 +296,10 @@ class PatchData:
         """FWHM of the PSF of every visit in pixels, in the middle one of its cells."""
         for index, observation in enumerate(observations):
             self._add(index, observation)
+        known = self.seeing[np.isfinite(self.seeing)]
+        if len(known) == 0:
+            raise NothingToRestoreError("No visit of the patch has a PSF in any cell.")
+        self.sigma = sigma(known) if callable(sigma) else sigma
         if not np.any(self.weight > 0.0):
             raise NothingToRestoreError("No visit of the patch has a good pixel in a cell with a PSF.")
         depth = (self.weight * self.good_fraction).sum(axis=(1, 2))
@@ -358,10 +362,11 @@ class PatchData:
                 self.weight[index, i, j] = 1.0 / float(np.median(observation.variance[ys, xs][good]))
         self.seeing[index] = observation.seeing()
 
-    def _kernels(self, index: int, observation: Observation) -> torch.Tensor:
+    def _kernels(self, index: int, observation: Observation | None = None) -> torch.Tensor:
         """Make the data kernels; a cell without a PSF, of weight 0, borrows that of the nearest cell."""
         if index in self._kept_kernels:
             return self._kept_kernels[index]
+        observation = self._observations[index] if observation is None else observation
         filled, has_psf = observation.psf.copy(), observation.has_psf
         have = np.argwhere(has_psf)
         for i, j in np.argwhere(~has_psf):
@@ -447,7 +452,7 @@ class PatchData:
         total = torch.zeros((self.n_groups, self.layout.n_i, self.layout.n_j, 1, 1), dtype=self.dtype)
         total = total.to(self.device)
         for index in np.flatnonzero(self.group >= 0):
-            gram = gram_kernels(self._kernels(int(index), self._observations[int(index)]))
+            gram = gram_kernels(self._kernels(int(index)))
             weight = torch.as_tensor(self.weight[index], dtype=self.dtype, device=self.device)
             gram = weight[:, :, None, None] * gram
             border = (total.shape[-1] - gram.shape[-1]) // 2
@@ -489,7 +494,7 @@ class PatchData:
         if self._noise_of_gradient is None:
             total = torch.zeros((2, *self.shape), dtype=self.dtype, device=self.device)
             for index, visit in self.visits():
-                squared = self._kernels(index, self._observations[index]).square()
+                squared = self._kernels(index).square()
                 power = CellConvolution(squared, self.layout, self.margin, self.weight[index] > 0.0)
                 noise = visit.variance.mul_(visit.weight).mul_(visit.weight)
                 total += power.adjoint(torch.stack([noise, visit.weight]))
