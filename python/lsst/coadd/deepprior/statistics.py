@@ -49,6 +49,7 @@ from .groups import deal_groups, lower_median, median_of
 from .observation import Observation
 from .operators import CellConvolution, CellLayout, gram_kernels
 from .psf import data_kernel
+from .reading import in_turn
 
 _KERNEL_CACHE_BYTES = 256 * 2**20
 """Memory that kernels of visits may take; others are made anew each time."""
@@ -294,7 +295,7 @@ class PatchData:
         """Fraction of the cell that the visit's box covers ((visit, i, j))."""
         self.seeing = np.full(n_visits, np.nan)
         """FWHM of the PSF of every visit in pixels, in the middle one of its cells."""
-        for index, observation in enumerate(observations):
+        for index, observation in in_turn(observations, range(n_visits)):
             self._add(index, observation)
         known = self.seeing[np.isfinite(self.seeing)]
         if len(known) == 0:
@@ -408,11 +409,10 @@ class PatchData:
 
     def visit(self, index: int) -> VisitTensors:
         """Read one visit."""
-        return self.visit_with_box(index)[0]
+        return self._tensors(index, self._observations[index])
 
-    def visit_with_box(self, index: int) -> tuple[VisitTensors, tuple[int, int], tuple[int, int]]:
-        """Read one visit, with the shape of its image and the position of that in the array of the patch."""
-        observation = self._observations[index]
+    def _tensors(self, index: int, observation: Observation) -> VisitTensors:
+        """Put a visit on the canvas."""
         origin, shape = observation.origin, observation.good.shape
         good = torch.as_tensor(np.ascontiguousarray(observation.good), device=self.device)
         weight = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
@@ -420,13 +420,12 @@ class PatchData:
         weight[y : y + shape[0], x : x + shape[1]] = good
         cell_weight = torch.as_tensor(self.weight[index], dtype=self.dtype, device=self.device)
         self._cells_of(weight).mul_(cell_weight[:, None, :, None])
-        visit = VisitTensors(
+        return VisitTensors(
             flux=self._on_canvas(observation.flux, origin, good),
             variance=self._on_canvas(observation.variance, origin, good, 1.0),
             weight=weight,
             kernel=self._operator(index, observation),
         )
-        return visit, (shape[0], shape[1]), origin
 
     def _cells_of(self, canvas: torch.Tensor) -> torch.Tensor:
         """Return a view (cell_i, y, cell_j, x) of the patch on a canvas."""
@@ -436,9 +435,14 @@ class PatchData:
 
     def visits(self) -> Iterator[tuple[int, VisitTensors]]:
         """Iterate over visits with at least one good pixel, one in memory at a time."""
-        for index in range(len(self)):
-            if self.weight[index].any():
-                yield index, self.visit(index)
+        usable = np.flatnonzero(self.weight.any(axis=(1, 2))).tolist()
+        for index, _, visit in self.read(usable):
+            yield index, visit
+
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[int, Observation, VisitTensors]]:
+        """Iterate over some visits, the next one being read while there is work on the last."""
+        for index, observation in in_turn(self._observations, indices):
+            yield index, observation, self._tensors(index, observation)
 
     def scale(
         self, visit: VisitTensors, prediction: torch.Tensor, psf_error: float | None = None
@@ -600,7 +604,10 @@ class PatchData:
         return self.median_of_groups(
             sets,
             [
-                lower_median(self._masked_flux(int(index)) for index in np.flatnonzero(self.group == group))
+                lower_median(
+                    torch.where(visit.weight > 0, visit.flux, torch.nan)
+                    for _, _, visit in self.read(np.flatnonzero(self.group == group).tolist())
+                )
                 for group in range(self.n_groups)
             ],
         )
@@ -621,8 +628,3 @@ class PatchData:
             filled = torch.nn.functional.max_pool2d(patch.nan_to_num(-torch.inf), 3, stride=1, padding=1)
             patch[...] = torch.where(patch.isnan() & filled.isfinite(), 0.75 * filled, patch)
         return median.nan_to_num(0.0)
-
-    def _masked_flux(self, index: int) -> torch.Tensor:
-        """Return the flux of a visit on the canvas, NaN where it is not good."""
-        visit = self.visit(index)
-        return torch.where(visit.weight > 0, visit.flux, torch.nan)
