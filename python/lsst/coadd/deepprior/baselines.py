@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional
 
+from .parallel import by_rows
 from .psf import FWHM_PER_SIGMA, gaussian_stamp, inner_sigma
 from .statistics import PatchData, SetStatistics, VisitSets, set_products
 
@@ -98,10 +99,21 @@ def maximum_likelihood_step(latent: torch.Tensor, statistics: SetStatistics) -> 
     and edges slow nothing down. The ratio is kept above 0.1 so that a pixel that a later refresh needs can
     come back.
     """
-    prediction = statistics.sets.gram.forward(latent).mul_(statistics.coverage)
-    prediction.clamp_min_(torch.finfo(latent.dtype).tiny)
-    ratio = torch.div(statistics.seen, prediction, out=prediction).clamp_(0.1, 10.0)
-    return ratio.masked_fill_(statistics.uncovered, 1.0).mul_(latent)
+    new = statistics.sets.gram.forward(latent)
+    tiny = torch.finfo(latent.dtype).tiny
+
+    def multiply(
+        new: torch.Tensor,
+        latent: torch.Tensor,
+        coverage: torch.Tensor,
+        uncovered: torch.Tensor,
+        seen: torch.Tensor,
+    ) -> None:
+        ratio = torch.div(seen, new.mul_(coverage).clamp_min_(tiny), out=new).clamp_(0.1, 10.0)
+        ratio.masked_fill_(uncovered, 1.0).mul_(latent)
+
+    by_rows(multiply, new, latent, statistics.coverage, statistics.uncovered, statistics.seen)
+    return new
 
 
 class AcceleratedSteps:
@@ -137,10 +149,15 @@ class AcceleratedSteps:
         """
         start = self.latent
         if self._momentum is not None and self._previous is not None:
-            start = self._previous.lerp_(self.latent, 1.0 + self._momentum)
-            torch.maximum(start, 0.1 * self.latent, out=start)
+            start, weight = self._previous, 1.0 + self._momentum
+
+            def extrapolate(start: torch.Tensor, latent: torch.Tensor) -> None:
+                torch.maximum(start.lerp_(latent, weight), 0.1 * latent, out=start)
+
+            by_rows(extrapolate, start, self.latent)
         new = update(start)
-        correction = new - start
+        # What was extrapolated is not needed any more, other than the start.
+        correction = torch.sub(new, start, out=start if start is self._previous else None)
         norm = _dot(correction, correction)
         if self._last is not None and self._norm is not None:
             overlap = _dot(correction, self._last)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 __all__ = ("FEATURES", "Features", "Trunk", "encoder_features", "latent_and_slope")
 
-import contextlib
 import dataclasses
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional
 from torch import nn
 
 from .baselines import MaximumLikelihood
+from .parallel import in_parallel
 from .statistics import VisitSets
 
 FEATURES = ("coadd", "matched", "first", "early", "base", "residual")
@@ -37,7 +39,7 @@ _NEIGHBOURHOOD = 7
 _LATENT_RANGE = (-12.0, 13.5)
 """Range of z: from 6e-6 to 3.6e5 times the coadd noise."""
 
-_TILE = {"cpu": 768, "cuda": 2048}
+_TILE = {"cpu": 512, "cuda": 2048}
 """Side in pixels, a multiple of the coarsest pixel, of the tiles of inference by device."""
 
 _HALF = ("cuda",)
@@ -284,16 +286,21 @@ class Trunk(nn.Module):
         ny, nx = channels.shape[-2:]
         device = channels.device.type
         size = _TILE.get(device, _TILE["cuda"])
-        half = torch.autocast(device, torch.bfloat16) if device in _HALF else contextlib.nullcontext()
+        half: Callable[[], AbstractContextManager] = nullcontext
+        if device in _HALF:
+            half = functools.partial(torch.autocast, device, torch.bfloat16)
         correction = torch.empty_like(channels[0])
-        for rows, columns in itertools.product(
-            _spans(ny, dy, size, self._reach), _spans(nx, dx, size, self._reach)
-        ):
+
+        def predict(spans: tuple[_Span, _Span]) -> None:
+            rows, columns = spans
             tile = channels[None, :, rows.source, columns.source]
             padding = (columns.before, 0, rows.before, 0)
-            with half:
+            with half():
                 result = self(torch.nn.functional.pad(tile, padding, mode="replicate"))[0]
             correction[rows.target, columns.target] = result[rows.inside, columns.inside]
+
+        rows, columns = (_spans(n, shift, size, self._reach) for n, shift in ((ny, dy), (nx, dx)))
+        in_parallel(predict, list(itertools.product(rows, columns)), channels)
         return correction
 
 

@@ -14,13 +14,15 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.fft
 import scipy.ndimage
 import torch
 import torch.nn.functional
+
+from .parallel import in_parallel
 
 _CACHE_BYTES = 3 * 2**19
 """Size of the tiles that a CPU transforms at once, about that of a core's own cache: 4 times faster than all
@@ -159,11 +161,14 @@ class CellConvolution:
             (len(flat), ny, nx // 2 + 1), dtype=kernels.dtype.to_complex(), device=kernels.device
         )
         step = _tiles_at_once(ny * nx, kernels)
-        for first in range(0, len(flat), step):
+
+        def transform(first: int) -> None:
             some = flat[first : first + step]
             padded = torch.nn.functional.pad(some, (0, nx - k, 0, ny - k))
             centred = torch.roll(padded, (-self.halo, -self.halo), dims=(-2, -1))
             transfer[first : first + step] = torch.fft.rfft2(centred)
+
+        in_parallel(transform, range(0, len(flat), step), kernels)
         return transfer.reshape(*kernels.shape[:-2], ny, nx // 2 + 1)
 
     @property
@@ -197,21 +202,24 @@ class CellConvolution:
     def adjoint(self, image: torch.Tensor) -> torch.Tensor:
         """Apply the transpose of K; parameters and return value are those of `forward`."""
         self._check(image)
-        if self._windows is None:
+        windows = self._windows
+        if windows is None:
             return self._apply(image, None, adjoint=True)
         tiles, halo = self._tiles, self.halo
         lead = self._lead(image)
         total = image.new_zeros((*lead, *(n + 2 * halo for n in self.shape)))
         height, width = tiles.tile
-        for rows, columns in tiles.blocks(self._at_once(image, lead)):
+
+        def spread(block: tuple[slice, slice]) -> None:
             # Zeros around the tile keep what wraps around apart.
-            here = tiles.view(image, rows, columns, tiles.tile)
+            here = tiles.view(image, *block, tiles.tile)
             padded = image.new_zeros((*here.shape[:-2], *self._fft_shape))
             inside = padded[..., halo : halo + height, halo : halo + width]
-            torch.mul(here, self._windows[rows, columns], out=inside)
-            spread = self._filter(padded, self._transfer[..., rows, columns, :, :].conj())
-            spread = spread[..., : height + 2 * halo, : width + 2 * halo]
-            tiles.add(total, rows, columns, spread)
+            torch.mul(here, windows[block], out=inside)
+            result = self._filter(padded, self._transfer[..., *block, :, :].conj())
+            tiles.add(total, *block, result[..., : height + 2 * halo, : width + 2 * halo])
+
+        tiles.for_blocks(spread, self._at_once(image, lead), height + 2 * halo, image)
         return total[..., halo : halo + self.shape[0], halo : halo + self.shape[1]]
 
     def _apply(self, image: torch.Tensor, windows: torch.Tensor | None, *, adjoint: bool) -> torch.Tensor:
@@ -225,13 +233,15 @@ class CellConvolution:
         )
         total = image.new_zeros((*lead, *tiles.extent(tiles.tile)))
         height, width = tiles.tile
-        for rows, columns in tiles.blocks(self._at_once(image, lead)):
-            equal = windows is None
-            transfer = self._transfer if equal else self._transfer[..., rows, columns, :, :]
-            here = tiles.view(padded, rows, columns, self._fft_shape)
+
+        def convolve(block: tuple[slice, slice]) -> None:
+            transfer = self._transfer if windows is None else self._transfer[..., *block, :, :]
+            here = tiles.view(padded, *block, self._fft_shape)
             result = self._filter(here, transfer.conj() if adjoint else transfer)
             result = result[..., halo : halo + height, halo : halo + width]
-            tiles.add(total, rows, columns, result if windows is None else result * windows[rows, columns])
+            tiles.add(total, *block, result if windows is None else result * windows[block])
+
+        tiles.for_blocks(convolve, self._at_once(image, lead), height, image)
         return total[..., : self.shape[0], : self.shape[1]]
 
     def _lead(self, image: torch.Tensor) -> Sequence[int]:
@@ -287,16 +297,42 @@ class _Tiles:
         y, x = ((n - 1) * step + t for n, step, t in zip(self._number, self._stride, tile, strict=True))
         return y, x
 
-    def blocks(self, at_once: int) -> Iterator[tuple[slice, slice]]:
-        """Iterate over blocks of at most some number of tiles, or one, as slices of rows and columns."""
+    def for_blocks(
+        self,
+        function: Callable[[tuple[slice, slice]], None],
+        at_once: int,
+        height: int,
+        like: torch.Tensor,
+    ) -> None:
+        """Call a function for all blocks of at most some number of tiles, or one, that are used.
+
+        Rows of blocks whose results of some height do not overlap may be worked on at once, so that the order
+        in which results are added up is always the same.
+
+        Parameters
+        ----------
+        function : `~collections.abc.Callable`
+            Function of the slices of rows and columns of a block.
+        at_once : `int`
+            Number of tiles.
+        height : `int`
+            Number of rows of pixels that a tile adds to.
+        like : `torch.Tensor`
+            A tensor of the computation.
+        """
         n_rows, n_columns = self._number
-        width = min(at_once, n_columns)
-        height = max(1, at_once // n_columns)
-        for i in range(0, n_rows, height):
-            for j in range(0, n_columns, width):
-                block = slice(i, min(i + height, n_rows)), slice(j, min(j + width, n_columns))
-                if self._used[block].any():
-                    yield block
+        width, depth = min(at_once, n_columns), min(max(1, at_once // n_columns), n_rows)
+        rows = [slice(i, min(i + depth, n_rows)) for i in range(0, n_rows, depth)]
+        columns = [slice(j, min(j + width, n_columns)) for j in range(0, n_columns, width)]
+
+        def along_row(row: slice) -> None:
+            for column in columns:
+                if self._used[row, column].any():
+                    function((row, column))
+
+        apart = -(-(height + (depth - 1) * self._stride[0]) // (depth * self._stride[0]))
+        for first in range(min(apart, len(rows))):
+            in_parallel(along_row, rows[first::apart], like)
 
     def view(self, image: torch.Tensor, rows: slice, columns: slice, tile: Sequence[int]) -> torch.Tensor:
         """Return a block of tiles (..., row, column, y, x) of an image, as a view."""
