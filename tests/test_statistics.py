@@ -375,6 +375,7 @@ def test_memory_does_not_depend_on_the_number_of_visits(monkeypatch: pytest.Monk
     """What a fit keeps of 12 and of 60 visits that are made on demand; no visit is kept."""
     one_kernel = 1 * 2 * 15 * 15 * 4
     monkeypatch.setattr(statistics_module, "_KERNEL_CACHE_BYTES", 3 * one_kernel)
+    monkeypatch.setattr(statistics_module, "_OPERATOR_CACHE_BYTES", 0)
     kept = []
     for n_visits in (MAX_GROUPS, 5 * MAX_GROUPS):
         visits = OnDemand(n_visits)

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 import torch.nn.functional
 
+from .parallel import by_rows
 from .psf import FWHM_PER_SIGMA, gaussian_stamp, inner_sigma
-from .statistics import PatchData, SetStatistics, VisitSets
+from .statistics import PatchData, SetStatistics, VisitSets, set_products
 
 PSF_ERRORS = (1.0, 0.3, 0.1, 0.03)
 """PSF errors of the first refreshes: star cores are clipped only once the model has come near them."""
@@ -34,11 +35,11 @@ PSF_ERRORS = (1.0, 0.3, 0.1, 0.03)
 _BRIGHT = 10.0
 """Signal to noise ratio of a pixel of the start above which it counts as bright."""
 
+_REFRESH_EVERY = 20
+"""Steps between two passes over the visits."""
+
 _PLAIN_STEPS = 15
 """Number of steps before the acceleration begins."""
-
-_MIN_COVERAGE = 1e-3
-"""Part of the prediction that must have data for a pixel to be changed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +81,13 @@ def inner_smooth(latent: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def _convolved(images: torch.Tensor, stamp: np.ndarray) -> torch.Tensor:
-    """Convolve images (..., y, x), which are zero outside, with a stamp of odd size."""
-    kernel = torch.as_tensor(stamp, dtype=images.dtype, device=images.device)
+    """Convolve images (..., y, x), which are zero outside, with a round Gaussian stamp of odd size."""
+    profile = torch.as_tensor(stamp.sum(axis=0), dtype=images.dtype, device=images.device)
+    half = len(profile) // 2
     flat = images.reshape(-1, 1, *images.shape[-2:])
-    return torch.nn.functional.conv2d(flat, kernel[None, None], padding=kernel.shape[-1] // 2).reshape(
-        images.shape
-    )
+    flat = torch.nn.functional.conv2d(flat, profile[None, None, :, None], padding=(half, 0))
+    flat = torch.nn.functional.conv2d(flat, profile[None, None, None], padding=(0, half))
+    return flat.reshape(images.shape)
 
 
 def maximum_likelihood_step(latent: torch.Tensor, statistics: SetStatistics) -> torch.Tensor:
@@ -97,9 +99,21 @@ def maximum_likelihood_step(latent: torch.Tensor, statistics: SetStatistics) -> 
     and edges slow nothing down. The ratio is kept above 0.1 so that a pixel that a later refresh needs can
     come back.
     """
-    prediction = statistics.coverage * statistics.sets.gram.forward(latent)
-    ratio = statistics.seen / prediction.clamp_min(torch.finfo(latent.dtype).tiny)
-    return latent * torch.where(statistics.coverage > _MIN_COVERAGE, ratio.clamp(0.1, 10.0), 1.0)
+    new = statistics.sets.gram.forward(latent)
+    tiny = torch.finfo(latent.dtype).tiny
+
+    def multiply(
+        new: torch.Tensor,
+        latent: torch.Tensor,
+        coverage: torch.Tensor,
+        uncovered: torch.Tensor,
+        seen: torch.Tensor,
+    ) -> None:
+        ratio = torch.div(seen, new.mul_(coverage).clamp_min_(tiny), out=new).clamp_(0.1, 10.0)
+        ratio.masked_fill_(uncovered, 1.0).mul_(latent)
+
+    by_rows(multiply, new, latent, statistics.coverage, statistics.uncovered, statistics.seen)
+    return new
 
 
 class AcceleratedSteps:
@@ -112,13 +126,18 @@ class AcceleratedSteps:
     ----------
     latent : `torch.Tensor`, (set, y, x)
         Start, positive where a pixel may become positive.
+
+    Notes
+    -----
+    Latent images that were returned are overwritten two steps later.
     """
 
     def __init__(self, latent: torch.Tensor) -> None:
         self.latent = latent
-        self._previous = latent
-        self._corrections: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._previous: torch.Tensor | None = None
         self._last: torch.Tensor | None = None
+        self._momentum: torch.Tensor | None = None
+        self._norm: torch.Tensor | None = None
 
     def step(self, update: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Take one step and return the new latent image.
@@ -129,20 +148,29 @@ class AcceleratedSteps:
             Takes a latent image to the next one.
         """
         start = self.latent
-        if self._corrections is not None:
-            last, before = self._corrections
-            tiny = torch.finfo(start.dtype).tiny
-            overlap = (last * before).sum(dim=(-2, -1), keepdim=True)
-            norm = before.square().sum(dim=(-2, -1), keepdim=True).clamp_min(tiny)
-            momentum = (overlap / norm).clamp(0.0, 0.999)
-            start = torch.maximum(start + momentum * (start - self._previous), 0.1 * start)
+        if self._momentum is not None and self._previous is not None:
+            start, weight = self._previous, 1.0 + self._momentum
+
+            def extrapolate(start: torch.Tensor, latent: torch.Tensor) -> None:
+                torch.maximum(start.lerp_(latent, weight), 0.1 * latent, out=start)
+
+            by_rows(extrapolate, start, self.latent)
         new = update(start)
-        correction = new - start
-        if self._last is not None:
-            self._corrections = (correction, self._last)
-        self._last = correction
-        self._previous, self.latent = self.latent, new
+        # What was extrapolated is not needed any more, other than the start.
+        correction = torch.sub(new, start, out=start if start is self._previous else None)
+        norm = _dot(correction, correction)
+        if self._last is not None and self._norm is not None:
+            overlap = _dot(correction, self._last)
+            self._momentum = (overlap / self._norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp(0.0, 0.999)
+            self._previous = self.latent
+        self._last, self._norm = correction, norm
+        self.latent = new
         return new
+
+
+def _dot(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the scalar product of images set by set, (set, 1, 1)."""
+    return set_products(one, other)[:, None, None]
 
 
 def robust_start(data: PatchData, sets: VisitSets) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,7 +208,6 @@ def maximum_likelihood(
     *,
     steps: int = 240,
     early_steps: tuple[int, int] = (3, 6),
-    refresh_every: int = 20,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> MaximumLikelihood:
     """Maximise the robust likelihood of several sets of visits by many multiplicative steps.
@@ -199,8 +226,6 @@ def maximum_likelihood(
         Number of steps of the final image.
     early_steps : `tuple` [`int`, `int`], optional
         Number of steps of the first and of the early image, which are not accelerated.
-    refresh_every : `int`, optional
-        Steps between two passes over the visits.
     progress : `~collections.abc.Callable`, optional
         Called with the step, the number of steps and the objective after every refresh.
 
@@ -213,8 +238,8 @@ def maximum_likelihood(
     first = early
     accelerated: AcceleratedSteps | None = None
     for step in range(steps):
-        if step % refresh_every == 0:
-            refresh = step // refresh_every
+        if step % _REFRESH_EVERY == 0:
+            refresh = step // _REFRESH_EVERY
             error = PSF_ERRORS[refresh] if refresh < len(PSF_ERRORS) else data.psf_error
             statistics = data.linearise(sets, latent, psf_error=error)
             if progress is not None:

@@ -11,7 +11,7 @@ __all__ = ("data_steps",)
 
 import torch
 
-from .statistics import PatchData, VisitSets
+from .statistics import PatchData, SetStatistics, VisitSets
 
 _SIGNIFICANCE = 20.0
 """Signal to noise ratio of the model, seen through a matched filter, at which a step is half a step. Chosen
@@ -65,8 +65,11 @@ def data_steps(data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: tor
     """
     noise = data.matched_noise()
     tiny = torch.finfo(latent.dtype).tiny
+    statistics: SetStatistics | None = None
     for _ in range(_STEPS):
-        statistics = data.linearise(sets, latent[None])
+        # That the coverage is of the first image changes the steps, but not where they end.
+        known = None if statistics is None else statistics.coverage
+        statistics = data.linearise(sets, latent[None], coverage=known)
         coverage = statistics.coverage[0]
         prediction = coverage * sets.gram.forward(latent[None])[0]
         # In cells without a visit there is no noise, and nothing to hear.

@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
-__all__ = ("MAX_GROUPS", "deal_groups", "deal_splits", "lower_median")
+__all__ = ("MAX_GROUPS", "deal_groups", "deal_splits", "lower_median", "median_of")
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,10 @@ MAX_GROUPS = 12
 
 _MEDIAN_BUFFER = 5
 """Number of images whose median is taken at once where a median of many is approximated."""
+
+
+_MEDIAN_ROWS = 256
+"""Number of rows whose median is taken at once, for the memory of its copies."""
 
 
 def lower_median(images: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -45,10 +49,27 @@ def lower_median(images: Iterable[torch.Tensor]) -> torch.Tensor:
                 break
             if level + 1 == len(levels):
                 levels.append([])
-            levels[level + 1].append(torch.stack(kept).nanmedian(dim=0).values)
+            levels[level + 1].append(median_of(kept))
             kept.clear()
-    left = [image for level in levels for image in level]
-    return torch.stack(left).nanmedian(dim=0).values
+    return median_of([image for level in levels for image in level])
+
+
+def median_of(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the pixel-wise lower median of some images, row block by row block.
+
+    Parameters
+    ----------
+    images : `~collections.abc.Sequence` [`torch.Tensor`], (y, x)
+        At least one image; NaN where it has no value.
+
+    Returns
+    -------
+    median : `torch.Tensor`, (y, x)
+        NaN where no image has a value.
+    """
+    # torch's nanmedian is the lower of the two middle values.
+    blocks = zip(*(image.split(_MEDIAN_ROWS) for image in images), strict=True)
+    return torch.cat([torch.stack(block).nanmedian(dim=0).values for block in blocks])
 
 
 def deal_groups(depth: np.ndarray, seeing: np.ndarray, n_groups: int = MAX_GROUPS) -> np.ndarray:

@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.signal
 import scipy.sparse
 import scipy.sparse.csgraph
 import scipy.sparse.linalg
 
-from .psf import carry_kernel, fwhm, shift_stamp
+from .psf import carry_kernel, convolve_full, fwhm, shift_stamp
 
 
 class Stamp(NamedTuple):
@@ -178,7 +177,7 @@ class Coadd:
         """
         if self.noise_correlation.size == 1:
             return 1.0
-        smooth = scipy.signal.fftconvolve(weights, self.noise_correlation, mode="full")
+        smooth = convolve_full(weights, self.noise_correlation)
         half = self.noise_correlation.shape[0] // 2
         total = float((weights * smooth[half:-half, half:-half]).sum() / (weights**2).sum())
         return max(total, 1e-3)  # a measured correlation need not be positive definite
@@ -206,7 +205,7 @@ class Coadd:
             Stamp(
                 t.y0 - half,
                 t.x0 - half,
-                scipy.signal.fftconvolve(t.array, self.noise_correlation, mode="full"),
+                convolve_full(t.array, self.noise_correlation),
             ).cropped(self.shape)
             for t in scaled
         ]
@@ -238,7 +237,7 @@ class Coadd:
                 iy0, iy1 = max(ys.start, oy0 - half), min(ys.stop, oy1 + half)
                 ix0, ix1 = max(xs.start, ox0 - half), min(xs.stop, ox1 + half)
                 source = stamp.array[iy0 - ys.start : iy1 - ys.start, ix0 - xs.start : ix1 - xs.start]
-                full = scipy.signal.fftconvolve(source.astype(float), kernels[i, j])
+                full = convolve_full(source.astype(float), kernels[i, j])
                 result[oy0 - y0 : oy1 - y0, ox0 - x0 : ox1 - x0] = full[
                     oy0 - iy0 + half : oy1 - iy0 + half, ox0 - ix0 + half : ox1 - ix0 + half
                 ]

@@ -10,13 +10,18 @@ from __future__ import annotations
 __all__ = ("FEATURES", "Features", "Trunk", "encoder_features", "latent_and_slope")
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional
 from torch import nn
 
 from .baselines import MaximumLikelihood
+from .parallel import in_parallel
 from .statistics import VisitSets
 
 FEATURES = ("coadd", "matched", "first", "early", "base", "residual")
@@ -33,6 +38,12 @@ _NEIGHBOURHOOD = 7
 
 _LATENT_RANGE = (-12.0, 13.5)
 """Range of z: from 6e-6 to 3.6e5 times the coadd noise."""
+
+_TILE = {"cpu": 512, "cuda": 2048}
+"""Side in pixels, a multiple of the coarsest pixel, of the tiles of inference by device."""
+
+_HALF = ("cuda",)
+"""Devices on which inference is in bfloat16, which is no faster on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +141,14 @@ def _significance(sets: VisitSets, gradient: torch.Tensor, full: torch.Tensor) -
     central = ((sets.gram.forward(probe) / full) * probe).sum(dim=(-2, -1), keepdim=True)
     significance = gradient.abs() / (central * full).clamp_min(torch.finfo(full.dtype).tiny).sqrt()
     half = _NEIGHBOURHOOD // 2
-    largest = torch.nn.functional.max_pool2d(significance, _NEIGHBOURHOOD, stride=1, padding=half)
-    padded = torch.nn.functional.pad(largest[:, None], (half,) * 4, mode="replicate")
-    return torch.nn.functional.avg_pool2d(padded, _NEIGHBOURHOOD, stride=1)[:, 0]
+    image = significance[:, None]
+    for pool, mode, value in (("max", "constant", -torch.inf), ("avg", "replicate", 0.0)):
+        for axis in ((1, 0), (0, 1)):
+            border = (half * axis[1], half * axis[1], half * axis[0], half * axis[0])
+            window = (1 + 2 * half * axis[0], 1 + 2 * half * axis[1])
+            padded = torch.nn.functional.pad(image, border, mode=mode, value=value)
+            image = getattr(torch.nn.functional, f"{pool}_pool2d")(padded, window, stride=1)
+    return image[:, 0]
 
 
 def latent_and_slope(z: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,6 +229,9 @@ class Trunk(nn.Module):
         if self.exit.bias is not None:
             nn.init.zeros_(self.exit.bias)
         self._step = 2 ** len(widths)
+        # What 3x3 convolutions reach, one at entry and exit and two in every block, and a coarsest pixel.
+        reach = 2 * (2 + 2 * (self._step - 1) + 2 * (self._step // 2 - 1)) + self._step
+        self._reach = -(-reach // self._step) * self._step
 
     def forward(self, channels: torch.Tensor) -> torch.Tensor:
         """Predict the correction to z.
@@ -244,3 +263,73 @@ class Trunk(nn.Module):
             )
             x = self.decoders[level](x)
         return torch.nn.functional.pixel_shuffle(self.exit(x), 2)[:, 0, :ny, :nx]
+
+    def tile_by_tile(self, channels: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
+        """Predict the correction of an image of any size with the memory of a tile, and without seams.
+
+        Tiles overlap by what the network sees around a pixel, so that the result is that of the whole image.
+        On a GPU the convolutions are those of bfloat16.
+
+        Parameters
+        ----------
+        channels : `torch.Tensor`, (feature, y, x)
+            Features.
+        dy, dx : `int`
+            Number of rows and columns, 0 or 1, by which the image is shifted to larger y and x for the
+            network.
+
+        Returns
+        -------
+        correction : `torch.Tensor`, (y, x)
+            To be added to z_0, at its place.
+        """
+        ny, nx = channels.shape[-2:]
+        device = channels.device.type
+        size = _TILE.get(device, _TILE["cuda"])
+        half: Callable[[], AbstractContextManager] = nullcontext
+        if device in _HALF:
+            half = functools.partial(torch.autocast, device, torch.bfloat16)
+        correction = torch.empty_like(channels[0])
+
+        def predict(spans: tuple[_Span, _Span]) -> None:
+            rows, columns = spans
+            tile = channels[None, :, rows.source, columns.source]
+            padding = (columns.before, 0, rows.before, 0)
+            with half():
+                result = self(torch.nn.functional.pad(tile, padding, mode="replicate"))[0]
+            correction[rows.target, columns.target] = result[rows.inside, columns.inside]
+
+        rows, columns = (_spans(n, shift, size, self._reach) for n, shift in ((ny, dy), (nx, dx)))
+        in_parallel(predict, list(itertools.product(rows, columns)), channels)
+        return correction
+
+
+class _Span(NamedTuple):
+    """Pixels of a tile along one axis."""
+
+    source: slice
+    """Those that are read."""
+    before: int
+    """How often the first of them is repeated before them."""
+    inside: slice
+    """Those of the result that are right."""
+    target: slice
+    """Where they belong."""
+
+
+def _spans(length: int, shift: int, size: int, reach: int) -> list[_Span]:
+    """Cut an axis that is shifted by some pixels into tiles with some pixels around them."""
+    spans = []
+    for first in range(0, length + shift, size):
+        last = min(first + size, length + shift)
+        low, high = max(first - reach, 0), min(last + reach, length + shift)
+        begin = max(first, shift)
+        spans.append(
+            _Span(
+                slice(max(low - shift, 0), high - shift),
+                shift if low == 0 else 0,
+                slice(begin - low, last - low),
+                slice(begin - shift, last - shift),
+            )
+        )
+    return spans

@@ -106,8 +106,9 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         slice(data.margin, data.margin + layout.shape[0]),
         slice(data.margin, data.margin + layout.shape[1]),
     )
-    # All good pixels, and those that are no outliers.
-    total, accepted_total = np.zeros((5, *layout.shape)), np.zeros((5, *layout.shape))
+    # Of all good pixels; what outliers have added is kept apart.
+    total = np.zeros((5, *layout.shape), dtype=np.float32)
+    rejected: list[tuple[np.ndarray, np.ndarray]] = []
     count, n_good, n_rejected, n_entering = (np.zeros(layout.shape, dtype=np.int16) for _ in range(4))
     reject = int((data.weight > 0.0).any(axis=(1, 2)).sum()) >= _MIN_VISITS_FOR_OUTLIERS
     psf = np.zeros((layout.n_i, layout.n_j, 1, 1))
@@ -116,23 +117,21 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         prediction = visit.kernel.forward(latent)
         residual = visit.flux - prediction
         good = visit.weight > 0
-        pixel_weight = data.pixel_weight(weight[index])
+        pixel_weight = data.pixel_weight(weight[index].astype(np.float32))
         seen = good[inner].cpu().numpy()
         n_good += seen
         w = pixel_weight * seen
         variance = np.where(w > 0, visit.variance[inner].cpu().numpy(), 1.0)
-        difference = residual[inner].cpu().numpy().astype(np.float64)
-        terms = w * np.stack(
-            [
-                np.ones_like(w),
-                visit.flux[inner].cpu().numpy(),
-                difference,
-                w * variance,
-                np.zeros_like(w),
-            ]
-        )
-        terms[4] = np.where(w > 0, difference**2 / variance, 0.0)
-        total += terms
+        difference = residual[inner].cpu().numpy()
+        terms = [
+            w,
+            w * visit.flux[inner].cpu().numpy(),
+            w * difference,
+            w**2 * variance,
+            np.where(w > 0, difference**2 / variance, 0.0),
+        ]
+        for one, term in zip(total, terms, strict=True):
+            one += term
         count += w > 0
         n_entering += pixel_weight > 0
         if reject:
@@ -141,11 +140,14 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
             n_rejected += outlier
             psf_at = functools.partial(_stamp_at, observations[index].psf, layout)
             found += outliers_of_visit(index, outlier, difference, variance, w > 0, psf_at)
-            accepted_total += terms * ~outlier
+            pixels = np.flatnonzero(outlier)
+            rejected.append((pixels, np.stack([term.ravel()[pixels] for term in terms])))
         psf = _add_stamps(psf, weight[index][:, :, None, None] * np.nan_to_num(observations[index].psf))
     # Where half of the visits or more are far from the model, it is the model that is wrong.
     clipped = (n_rejected > 0) & (2 * n_rejected < count)
-    total = np.where(clipped, accepted_total, total)
+    for pixels, values in rejected:
+        chosen = clipped.ravel()[pixels]
+        total.reshape(5, -1)[:, pixels[chosen]] -= values[:, chosen]
     n_visits = (count - np.where(clipped, n_rejected, 0)).astype(np.int16)
     with np.errstate(invalid="ignore", divide="ignore"):
         coadd, residual_coadd, variance = total[1] / total[0], total[2] / total[0], total[3] / total[0] ** 2
@@ -161,7 +163,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         clipped=clipped,
         weight=weight,
         outliers=[one for one in found if clipped[one.pixels].any()],
-        chi2=float(total[4].sum()) / max(int(n_visits.sum()), 1),
+        chi2=float(total[4].sum(dtype=np.float64)) / max(int(n_visits.sum()), 1),
     )
 
 

@@ -54,15 +54,23 @@ def find_outliers(residual: torch.Tensor, scale: torch.Tensor, good: torch.Tenso
         Pixels to reject, or to look at.
     """
     deviation = torch.where(good, residual / scale, 0.0)
-    kernel = torch.as_tensor(gaussian_stamp(_OUTLIER_SMOOTHING), dtype=scale.dtype, device=scale.device)
+    profile = torch.as_tensor(
+        gaussian_stamp(_OUTLIER_SMOOTHING).sum(axis=0), dtype=scale.dtype, device=scale.device
+    )
     # No pixel counts for more than an outlier, so that a cosmic ray rejects its own surroundings only.
     bounded = deviation.clamp(-_OUTLIER_SIGMA, _OUTLIER_SIGMA)
     smooth, norm = (
-        torch.nn.functional.conv2d(image[None, None], k[None, None], padding=k.shape[-1] // 2)[0, 0]
-        for image, k in ((bounded, kernel), (good.to(scale.dtype), kernel.square()))
+        _smoothed(image, row) for image, row in ((bounded, profile), (good.to(scale.dtype), profile.square()))
     )
     together = torch.where(good, smooth / norm.clamp_min(1e-6).sqrt(), 0.0)
     return _grown_peaks(deviation.abs(), 1) | _grown_peaks(together.abs(), 3)
+
+
+def _smoothed(image: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
+    """Convolve an image with the same profile along both axes; it is zero outside."""
+    half = len(profile) // 2
+    rows = torch.nn.functional.conv2d(image[None, None], profile[None, None, :, None], padding=(half, 0))
+    return torch.nn.functional.conv2d(rows, profile[None, None, None], padding=(0, half))[0, 0]
 
 
 def _grown_peaks(significance: torch.Tensor, reach: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from __future__ import annotations
 __all__ = ("PointSources", "point_latent", "point_sources")
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -34,7 +35,7 @@ import torch
 
 from .baselines import inner_smooth
 from .psf import FWHM_PER_SIGMA, gaussian_stamp, inner_sigma
-from .statistics import PatchData, VisitSets
+from .statistics import PatchData, SetStatistics, VisitSets
 
 _MIN_SNR = 30.0
 """Signal to noise ratio above which a peak may be a point. Below it the data seldom tell a small galaxy from
@@ -69,12 +70,16 @@ _LINK = 1.5
 _MAX_SHIFT = 1.5
 """Distance in pixels that a point may move from its peak."""
 
-_PSF_ERRORS = (0.3, 0.1, 0.03, 0.0, 0.0)
-"""Least relative error of the PSF in the passes of the first round: with the flux of the peaks a saturated
-star may be off by much, and clipping would keep it so."""
+_PSF_ERRORS = (0.3, 0.05, 0.0)
+"""Least relative error of the PSF in the passes over the visits of the first round: with the flux of the
+peaks a saturated star may be off by much, and clipping would keep it so. The other rounds, from which points
+were dropped, have one pass without."""
 
-_LATER_PASSES = 2
-"""Passes of the other rounds, from which points were dropped."""
+_N_STEPS = 2
+"""Gauss-Newton steps in a pass."""
+
+_TABLE_REACH, _TABLE_STEP = 0.7, 0.005
+"""Largest offset from the central pixel, and distance, in pixels of the profiles that are interpolated."""
 
 _ROUNDS = 4
 
@@ -130,16 +135,38 @@ def _half_width(sigma: float) -> int:
     return math.ceil(5.0 * sigma)
 
 
-def _profile(sigma: float, offset: float) -> np.ndarray:
-    """Return the non-negative v with ``r * v = g(. - offset)`` along one axis; g and r are separable."""
+@functools.lru_cache(maxsize=8)
+def _smoothing(sigma: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the matrix of ``r *`` along one axis, its pixels, and the sum of g; g and r are separable."""
     half, inner = _half_width(sigma), inner_sigma(sigma)
     # Unit sums along one axis, as those of the stamps in two.
     g_sum, r_sum = (math.sqrt(1.0 / gaussian_stamp(s).max()) for s in (sigma, inner))
     nodes = np.arange(-half, half + 1.0)
     wide = half + math.ceil(5.0 * inner)
     pixels = np.arange(-wide, wide + 1.0)
-    smooth = np.exp(-0.5 * ((pixels[:, None] - nodes) / inner) ** 2) / r_sum
+    return np.exp(-0.5 * ((pixels[:, None] - nodes) / inner) ** 2) / r_sum, pixels, g_sum
+
+
+def _profile(sigma: float, offset: float) -> np.ndarray:
+    """Return the non-negative v with ``r * v = g(. - offset)`` along one axis."""
+    smooth, pixels, g_sum = _smoothing(sigma)
     return scipy.optimize.nnls(smooth, np.exp(-0.5 * ((pixels - offset) / sigma) ** 2) / g_sum)[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _profile_table(sigma: float) -> np.ndarray:
+    """Return profiles at offsets of up to `_TABLE_REACH` pixels in steps of `_TABLE_STEP`, (offset, n)."""
+    n = round(_TABLE_REACH / _TABLE_STEP)
+    return np.array([_profile(sigma, k * _TABLE_STEP) for k in range(-n, n + 1)])
+
+
+def _profiles(sigma: float, offsets: np.ndarray) -> np.ndarray:
+    """Interpolate profiles at offsets of up to `_TABLE_REACH` pixels, (offset, n)."""
+    table = _profile_table(sigma)
+    place = (np.asarray(offsets) + _TABLE_REACH) / _TABLE_STEP
+    below = np.clip(place.astype(int), 0, len(table) - 2)
+    part = (place - below)[..., None]
+    return (1.0 - part) * table[below] + part * table[below + 1]
 
 
 def point_latent(sigma: float, dy: float, dx: float) -> np.ndarray:
@@ -168,26 +195,35 @@ def point_latent(sigma: float, dy: float, dx: float) -> np.ndarray:
     return np.outer(_profile(sigma, dy), _profile(sigma, dx))
 
 
-def _template(sigma: float, flux: float, y: float, x: float) -> _Template:
-    """Make the template of a point."""
-    iy, ix, half = round(y), round(x), _half_width(sigma)
-    rows = []
-    for offset in (y - iy, x - ix):
-        low, middle, high = (_profile(sigma, offset + step) for step in (-_STEP, 0.0, _STEP))
-        rows.append((middle, (high - low) / (2.0 * _STEP), (high - 2.0 * middle + low) / _STEP**2))
-    v, h = rows
-    xx, yy = np.outer(v[0], h[2]), np.outer(v[2], h[0])
-    images = np.array(
+def _templates(sigma: float, points: np.ndarray) -> list[_Template]:
+    """Make the templates of points (point, 3: flux, x, y)."""
+    half = _half_width(sigma)
+    pixels = np.rint(points[:, :0:-1]).astype(int)
+    steps = np.array([-_STEP, 0.0, _STEP])
+    # Profiles along y and x, (point, axis, step, n).
+    profiles = _profiles(sigma, (points[:, :0:-1] - pixels)[..., None] + steps)
+    low, middle, high = np.moveaxis(profiles, 2, 0)
+    first, second = (high - low) / (2.0 * _STEP), (high - 2.0 * middle + low) / _STEP**2
+
+    def outer(along_y: np.ndarray, along_x: np.ndarray) -> np.ndarray:
+        return along_y[:, 0, :, None] * along_x[:, 1, None, :]
+
+    xx, yy = outer(middle, second), outer(second, middle)
+    images = np.stack(
         [
-            np.outer(v[0], h[0]),
-            np.outer(v[0], h[1]),
-            np.outer(v[1], h[0]),
+            outer(middle, middle),
+            outer(middle, first),
+            outer(first, middle),
             0.5 * (xx + yy),
             0.5 * (xx - yy),
-            np.outer(v[1], h[1]),
-        ]
+            outer(first, first),
+        ],
+        axis=1,
     )
-    return _Template(iy - half, ix - half, flux * images)
+    images *= points[:, 0, None, None, None]
+    return [
+        _Template(y - half, x - half, image) for (y, x), image in zip(pixels.tolist(), images, strict=True)
+    ]
 
 
 class _Canvas:
@@ -196,8 +232,8 @@ class _Canvas:
     def __init__(self, data: PatchData, sets: VisitSets, latent: torch.Tensor) -> None:
         self.data = data
         self.sets = sets
-        self.latent = latent.cpu().numpy().astype(float)
-        self.image = inner_smooth(latent, data.sigma).cpu().numpy().astype(float)
+        self.latent = latent.cpu().numpy()
+        self.image = inner_smooth(latent, data.sigma).cpu().numpy()
         self.peak = float(gaussian_stamp(data.sigma).max())
         self.seeing = float(np.median(data.seeing[data.group >= 0]))
         sky = data.matched_noise().cpu().numpy()
@@ -207,6 +243,7 @@ class _Canvas:
         self.excess = np.maximum(self.variance / np.maximum(seen, tiny), 1.0)
         self.snr = self.image / self.peak * np.sqrt(np.maximum(seen, 0.0)) * (sky > 0.0)
         self.gram = data.gram_kernel().cpu().numpy()
+        self._statistics: SetStatistics | None = None
 
     def peaks(self, width: int, snr: float) -> np.ndarray:
         """Return the local maxima in boxes of some width above some S/N, (peak, 2)."""
@@ -230,28 +267,37 @@ class _Canvas:
     def model(self, rest: np.ndarray, points: np.ndarray) -> torch.Tensor:
         """Return the latent image of the rest and of points (point, 3: flux, x, y)."""
         total = rest.copy()
-        for flux, x, y in points:
-            template = _template(self.data.sigma, flux, y, x)
+        for template in _templates(self.data.sigma, points):
             template.cut(total)[...] += template.images[0]
         return torch.as_tensor(total, dtype=self.data.dtype, device=self.data.device)
 
-    def gradient(self, model: torch.Tensor, psf_error: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Linearise at a model; return the gradient N - c A u, the part c that has data, and c A u."""
-        statistics = self.data.linearise(self.sets, model[None], psf_error=psf_error)
-        prediction = statistics.coverage[0] * self.sets.gram.forward(model[None])[0]
-        images = (statistics.seen[0] - prediction, statistics.coverage[0].clamp(1e-3, 1.0), prediction)
-        gradient, coverage, prediction_array = (image.cpu().numpy().astype(float) for image in images)
-        return gradient, coverage, prediction_array
+    def linearise(self, model: torch.Tensor, psf_error: float) -> None:
+        """Read the visits once; the coverage is that of the first time."""
+        coverage = None if self._statistics is None else self._statistics.coverage
+        self._statistics = self.data.linearise(self.sets, model[None], psf_error=psf_error, coverage=coverage)
+
+    def gradient(self, model: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the gradient N - c A u of a model, the part c that has data, and c A u."""
+        if self._statistics is None:
+            raise RuntimeError("The data must be linearised before their gradient is taken.")
+        prediction = self.sets.gram.forward(model[None])[0].mul_(self._statistics.coverage[0])
+        gradient = self._statistics.seen[0] - prediction
+        return (
+            gradient.cpu().numpy(),
+            self._statistics.coverage[0].clamp(1e-3, 1.0).cpu().numpy(),
+            prediction.cpu().numpy(),
+        )
 
 
 def point_sources(data: PatchData, sets: VisitSets, latent: torch.Tensor) -> PointSources:
     r"""Replace what the data cannot tell from points by points.
 
     Peaks of the image above `_MIN_SNR` are fitted as points over the rest of the image, all visits together,
-    by Gauss-Newton steps on the robust objective: with the gradient :math:`D = N - c A u` of the matched
-    image and the templates :math:`T = \partial u / \partial\theta` a step solves :math:`(T^T A T)\, \delta =
-    T^T D`. A point stays if its second moments, by a score test on the same gradient that allows for the
-    error of the PSF, and all that it leaves within one FWHM are insignificant. Where one does not stay, the
+    by Gauss-Newton steps on the robust objective, some in each pass over the visits: with the gradient
+    :math:`D = N - c A u` of the matched image and the templates :math:`T = \partial u / \partial\theta` a
+    step solves :math:`(T^T A T)\, \delta = T^T D`. A point stays if its second moments, by a score test on
+    the same gradient that allows for the error of the PSF, and all that it leaves within one FWHM are
+    insignificant. Where one does not stay, the
     image is as it was: galaxies, blends that nothing resolves, stars whose PSF is wrong by more than its
     error.
 
@@ -278,9 +324,11 @@ def point_sources(data: PatchData, sets: VisitSets, latent: torch.Tensor) -> Poi
             break
         rest = _rest(canvas, points)
         groups = _groups(points, _LINK * canvas.seeing)
-        for least in _PSF_ERRORS if number == 0 else (0.0,) * _LATER_PASSES:
-            gradient, coverage, _ = canvas.gradient(canvas.model(rest, points), max(least, data.psf_error))
-            points = _moved(canvas, points, peaks, groups, gradient, coverage)
+        for least in _PSF_ERRORS if number == 0 else (0.0,):
+            canvas.linearise(canvas.model(rest, points), max(least, data.psf_error))
+            for _ in range(_N_STEPS):
+                gradient, coverage, _ = canvas.gradient(canvas.model(rest, points))
+                points = _moved(canvas, points, peaks, groups, gradient, coverage)
         stays = _insignificant(canvas, points, groups, canvas.model(rest, points))
         if stays.all():
             break
@@ -348,14 +396,19 @@ def _groups(points: np.ndarray, distance: float) -> list[np.ndarray]:
     return np.split(order, np.searchsorted(labels[order], np.arange(1, n_groups)))
 
 
+@functools.lru_cache(maxsize=8)
+def _lags(n: int) -> np.ndarray:
+    """Return the differences of the pixels of a stamp, (n^2, n^2, 2)."""
+    pixels = np.argwhere(np.ones((n, n)))
+    return pixels[:, None] - pixels
+
+
 def _normal_matrix(
     canvas: _Canvas, templates: list[_Template], points: np.ndarray, coverage: np.ndarray
 ) -> np.ndarray:
     """Return T^T A T of a group, (6 point, 6 point), with A reduced to what has data on both sides."""
     reduced = [t._replace(images=t.images * np.sqrt(t.cut(coverage))) for t in templates]
-    n = templates[0].images.shape[-1]
-    pixels = np.argwhere(np.ones((n, n)))
-    lags = pixels[:, None] - pixels
+    lags = _lags(templates[0].images.shape[-1])
     matrix = np.zeros((6 * len(templates),) * 2)
     for a, b in itertools.product(range(len(templates)), repeat=2):
         if b > a:
@@ -377,7 +430,7 @@ def _equations(
     canvas: _Canvas, points: np.ndarray, gradient: np.ndarray, coverage: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the normal matrix and the right side of a group, (point, 6, point, 6) and (point, 6)."""
-    templates = [_template(canvas.data.sigma, flux, y, x) for flux, x, y in points]
+    templates = _templates(canvas.data.sigma, points)
     matrix = _normal_matrix(canvas, templates, points, coverage)
     right = np.array([np.einsum("kyx,yx->k", t.images, t.cut(gradient)) for t in templates])
     return matrix.reshape(len(points), 6, len(points), 6), right
@@ -426,7 +479,8 @@ def _insignificant(
 ) -> np.ndarray:
     """Tell which points leave nothing significant in the data, (point,) bool."""
     data = canvas.data
-    gradient, coverage, prediction = canvas.gradient(model, _TEST_PSF_ERROR)
+    canvas.linearise(model, _TEST_PSF_ERROR)
+    gradient, coverage, prediction = canvas.gradient(model)
     tiny = float(np.finfo(np.float32).tiny)
     deviation = np.abs(gradient) / np.sqrt(canvas.variance + (data.psf_error * prediction) ** 2 + tiny)
     moment_error = _moment_variance(canvas) * np.eye(3)

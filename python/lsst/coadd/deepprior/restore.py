@@ -34,6 +34,7 @@ from .joint_fit import Coadd
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
 from .noise_correlation import visit_correlations
+from .noise_draws import draw_noise
 from .observation import Observation
 from .operators import CellLayout
 from .outliers import Outlier
@@ -42,7 +43,7 @@ from .prior_carried import prior_carried
 from .psf import FWHM_PER_SIGMA, gaussian_stamp, target_sigma
 from .psf_check import injected_latent, measure_leakage, place_stars
 from .scratch import fit_scratch
-from .statistics import NothingToRestoreError, PatchData, VisitSets
+from .statistics import PatchData, VisitSets
 from .weights import TrainedNetwork
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int, float], None]
 """Called with the phase, the step, the number of steps and the loss."""
+
+_DRAW_STEPS = 0.3
+"""Steps of maximum likelihood for a noise realisation, as a part of those of the image: without new
+linearisations, which disturb their acceleration, so many give bright pixels the same noise."""
 
 MARGIN = 16
 """Width in pixels of the canvas around the patch, for the light of sources just outside."""
@@ -240,19 +245,16 @@ def restore(
     result is the maximum-likelihood base. ``metrics["method"]`` says what was done.
     """
     started = time.monotonic()
-    seeing = [observation.seeing() for observation in observations]
-    if not np.any(np.isfinite(seeing)):
-        raise NothingToRestoreError("No visit of the patch has a PSF in any cell.")
-    sigma = target_sigma([s for s in seeing if math.isfinite(s)], settings.target_fwhm)
     data = PatchData(
         observations,
         layout,
-        sigma,
+        lambda seeing: target_sigma(seeing, settings.target_fwhm),
         margin=MARGIN,
         huber_delta=settings.huber_delta,
         psf_error=settings.psf_error,
         device=device,
     )
+    sigma = data.sigma
     sets = data.sets()
     times = {"read": time.monotonic() - started}
     curves: dict[str, list[float]] = {"base_step": [], "base_objective": [], "fit_step": [], "held_out": []}
@@ -267,6 +269,7 @@ def restore(
     solution = maximum_likelihood(data, sets, steps=settings.base_steps, progress=base_progress)
     features = encoder_features(solution)[0]
     conditions = patch_conditions(data, solution)
+    del solution
     times["base"] = time.monotonic() - mark
     mark = time.monotonic()
     outside = network.outside(conditions) if network is not None else []
@@ -285,6 +288,7 @@ def restore(
         curves["held_out"] = [value for _, value in curve]
     points = _latent(data, sets, net, features)
     latent = points.latent
+    del features
     times["fit"] = time.monotonic() - mark
     mark = time.monotonic()
     image = _image(data, latent)
@@ -293,11 +297,16 @@ def restore(
     layers = coadd_layers(data, latent, observations)
     times["coadd"] = time.monotonic() - mark
     mark = time.monotonic()
-    variance, draws, residual_draws = _variance(observations, data, latent, sets, net, settings, progress)
+    correlations = visit_correlations(data, latent, observations)
+    variance, draws, residual_draws = _variance(
+        observations, data, latent, sets, net, settings, correlations, progress
+    )
     times["noise"] = time.monotonic() - mark
     mark = time.monotonic()
     leakage = (
-        _leakage(observations, data, latent, sets, net, settings, draws[0]) if settings.check_psf else []
+        _leakage(observations, data, latent, sets, net, settings, correlations, draws[0])
+        if settings.check_psf
+        else []
     )
     times["psf"] = time.monotonic() - mark
     covered = layers.n_good > 0
@@ -366,21 +375,20 @@ def _variance(
     sets: VisitSets,
     net: Trunk | None,
     settings: RestoreSettings,
+    correlations: np.ndarray,
     progress: Progress | None,
 ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
     """Restore new noise on the model itself; return the variance of what changes, and what to publish."""
     image = _image(data, latent)
-    correlations = visit_correlations(data, latent, observations)
     differences, residuals = [], []
     n_draws = max(settings.n_variance_draws, settings.n_noise_realizations)
     for draw in range(n_draws):
-        model = NoisyModel(observations, data, latent, settings.seed + 1000 * (draw + 1), correlations)
-        noisy = data.with_observations(model)
-        solution = maximum_likelihood(noisy, sets, steps=settings.base_steps)
-        again = _latent(noisy, sets, net, encoder_features(solution)[0])
-        differences.append(_image(data, again.latent) - image)
+        seed = settings.seed + 1000 * (draw + 1)
+        again = _restored_draw(data, sets, net, latent, seed, correlations, settings)
+        differences.append(_image(data, again) - image)
         if draw < settings.n_noise_realizations:
-            residuals.append(coadd_layers(noisy, again.latent, observations).residual)
+            model = NoisyModel(observations, data, latent, seed, correlations)
+            residuals.append(coadd_layers(data.with_observations(model), again, observations).residual)
         if progress is not None:
             progress("noise", draw + 1, n_draws, float(np.std(differences[-1])))
     depth = data.weight.sum(axis=0)
@@ -395,18 +403,33 @@ def _leakage(
     sets: VisitSets,
     net: Trunk | None,
     settings: RestoreSettings,
+    correlations: np.ndarray,
     first_draw: np.ndarray,
 ) -> list[dict[str, Any]]:
     """Restore the first noise realisation once more, with stars in it; compare them with the target PSF."""
     image = _image(data, latent)
     stars = place_stars(data, observations, image, settings.seed)
     with_stars = latent + injected_latent(data, stars)
-    correlations = visit_correlations(data, latent, observations)
-    model = NoisyModel(observations, data, with_stars, settings.seed + 1000, correlations)
-    noisy = data.with_observations(model)
-    solution = maximum_likelihood(noisy, sets, steps=settings.base_steps)
-    again = _latent(noisy, sets, net, encoder_features(solution)[0])
-    return measure_leakage(_image(data, again.latent) - (image + first_draw), stars, data.sigma)
+    again = _restored_draw(data, sets, net, with_stars, settings.seed + 1000, correlations, settings)
+    return measure_leakage(_image(data, again) - (image + first_draw), stars, data.sigma)
+
+
+def _restored_draw(
+    data: PatchData,
+    sets: VisitSets,
+    net: Trunk | None,
+    latent: torch.Tensor,
+    seed: int,
+    correlations: np.ndarray,
+    settings: RestoreSettings,
+) -> torch.Tensor:
+    """Return the latent image that is restored from new noise on a model."""
+    noisy = draw_noise(data, sets, latent, seed, correlations)
+    steps = math.ceil(_DRAW_STEPS * settings.base_steps)
+    solution = maximum_likelihood(noisy, sets, steps=steps)
+    features = encoder_features(solution)[0]
+    del solution
+    return _latent(noisy, sets, net, features).latent
 
 
 def _metrics(

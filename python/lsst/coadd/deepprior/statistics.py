@@ -25,25 +25,41 @@ and dropped.
 
 from __future__ import annotations
 
-__all__ = ("NothingToRestoreError", "PatchData", "SetStatistics", "VisitSets", "VisitTensors")
+__all__ = (
+    "NothingToRestoreError",
+    "PatchData",
+    "SetStatistics",
+    "StatisticsSums",
+    "VisitSets",
+    "VisitTensors",
+    "set_products",
+)
 
 import copy
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional
 
-from .groups import deal_groups, lower_median
+from .groups import deal_groups, lower_median, median_of
 from .observation import Observation
 from .operators import CellConvolution, CellLayout, gram_kernels
 from .psf import data_kernel
+from .reading import in_turn
 
-_KERNEL_CACHE_BYTES = 64 * 2**20
+_KERNEL_CACHE_BYTES = 256 * 2**20
 """Memory that kernels of visits may take; others are made anew each time."""
 
+_OPERATOR_CACHE_BYTES = 128 * 2**20
+"""The same for their transfer functions, which take more."""
+
+
+_MIN_COVERAGE = 1e-3
+"""Part of the prediction that must have data for a pixel to be changed."""
 
 _MAX_COVERAGE = 2.0
 """Largest coverage; a bound of 1 would shift the solution where A predicts less than the visits do."""
@@ -125,6 +141,96 @@ class SetStatistics:
     coadd: torch.Tensor
     objective: torch.Tensor
 
+    @functools.cached_property
+    def uncovered(self) -> torch.Tensor:
+        """Pixels of whose prediction too little has data to change them (`torch.Tensor`, bool)."""
+        return self.coverage <= _MIN_COVERAGE
+
+
+def set_products(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the scalar products of images (set, y, x) set by set, (set,), without a copy of them."""
+    return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(one, other, strict=True)])
+
+
+class StatisticsSums:
+    """Sums over visits that `SetStatistics` are made of.
+
+    Parameters
+    ----------
+    models : `torch.Tensor`, (set, y, x)
+        Model of every set.
+    with_coverage : `bool`
+        Whether the coverage is computed.
+    """
+
+    def __init__(self, models: torch.Tensor, *, with_coverage: bool) -> None:
+        self._with_coverage = with_coverage
+        # The gradient, and the prediction that has data.
+        self._adjoint = models.new_zeros((1 + with_coverage, *models.shape))
+        self._weighted = torch.zeros_like(models)
+        self._objective = models.new_zeros(len(models))
+
+    def add(
+        self,
+        visit: VisitTensors,
+        chosen: torch.Tensor,
+        prediction: torch.Tensor,
+        clipped: torch.Tensor,
+        residual: torch.Tensor,
+    ) -> None:
+        """Add a visit to some sets.
+
+        Parameters
+        ----------
+        visit : `VisitTensors`
+            The visit.
+        chosen : `torch.Tensor`, (chosen,), int
+            The sets.
+        prediction, clipped, residual : `torch.Tensor`, (chosen, y, x)
+            Model at the PSF of the visit, clipped residual and residual, in nJy; they are overwritten.
+        """
+        residual.sub_(clipped, alpha=0.5)
+        clipped *= visit.weight
+        prediction *= visit.weight
+        self._objective[chosen] += set_products(residual, clipped)
+        self._weighted[chosen] += prediction
+        self._weighted[chosen] += clipped
+        self._adjoint[0, chosen] += visit.kernel.adjoint(clipped)
+        if self._with_coverage:
+            self._adjoint[1, chosen] += visit.kernel.adjoint(prediction)
+
+    def statistics(
+        self, sets: VisitSets, models: torch.Tensor, coverage: torch.Tensor | None
+    ) -> SetStatistics:
+        """Return the statistics, after which nothing can be added.
+
+        Parameters
+        ----------
+        sets : `VisitSets`
+            The sets.
+        models : `torch.Tensor`, (set, y, x)
+            Their models.
+        coverage : `torch.Tensor`, (set, y, x) or `None`
+            The coverage, where it was not computed.
+        """
+        tiny = torch.finfo(models.dtype).tiny
+        everywhere = sets.gram.forward(models)
+        gradient = self._adjoint[0]
+        if coverage is None:
+            predicted = self._adjoint[1]
+            coverage = (predicted / everywhere.clamp_min(tiny)).clamp_(0.0, _MAX_COVERAGE)
+            seen = predicted.add_(gradient)
+        else:
+            seen = torch.addcmul(gradient, coverage, everywhere)
+        return SetStatistics(
+            sets=sets,
+            matched=everywhere.add_(gradient),
+            seen=seen,
+            coverage=coverage,
+            coadd=self._weighted.div_(sets.depth.clamp_min(tiny)).mul_(sets.depth > 0),
+            objective=self._objective / sets.n_pixels.clamp_min(1.0),
+        )
+
 
 class PatchData:
     """The visits of a patch on their canvas, read one at a time.
@@ -135,8 +241,9 @@ class PatchData:
         The visits; indexed one at a time, so a lazy sequence may read them from disk.
     layout : `~lsst.coadd.deepprior.operators.CellLayout`
         Cells of the patch.
-    sigma : `float`
-        Sigma of the target PSF in pixels.
+    sigma : `float` or `~collections.abc.Callable`
+        Sigma of the target PSF in pixels, or a function of the FWHM of the visits in pixels, (visit,), those
+        that have one, that returns it.
     margin : `int`
         Width of the canvas around the patch in pixels.
     huber_delta : `float`
@@ -158,7 +265,7 @@ class PatchData:
         self,
         observations: Sequence[Observation],
         layout: CellLayout,
-        sigma: float,
+        sigma: float | Callable[[np.ndarray], float],
         *,
         margin: int = 16,
         huber_delta: float = 1.5,
@@ -167,7 +274,6 @@ class PatchData:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.layout = layout
-        self.sigma = sigma
         self.margin = margin
         self.huber_delta = huber_delta
         self.psf_error = psf_error
@@ -176,6 +282,10 @@ class PatchData:
         self.shape = layout.canvas_shape(margin)
         self._observations = observations
         self._kept_kernels: dict[int, torch.Tensor] = {}
+        self._kept_operators: dict[int, CellConvolution] = {}
+        self._noise_of_gradient: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._statistics: SetStatistics | None = None
+        self._median: torch.Tensor | None = None
         n_visits = len(observations)
         self.weight = np.zeros((n_visits, layout.n_i, layout.n_j))
         """Inverse sky variance of visit and cell, 0 without a good pixel ((visit, i, j), 1/nJy^2)."""
@@ -185,8 +295,12 @@ class PatchData:
         """Fraction of the cell that the visit's box covers ((visit, i, j))."""
         self.seeing = np.full(n_visits, np.nan)
         """FWHM of the PSF of every visit in pixels, in the middle one of its cells."""
-        for index, observation in enumerate(observations):
+        for index, observation in in_turn(observations, range(n_visits)):
             self._add(index, observation)
+        known = self.seeing[np.isfinite(self.seeing)]
+        if len(known) == 0:
+            raise NothingToRestoreError("No visit of the patch has a PSF in any cell.")
+        self.sigma = sigma(known) if callable(sigma) else sigma
         if not np.any(self.weight > 0.0):
             raise NothingToRestoreError("No visit of the patch has a good pixel in a cell with a PSF.")
         depth = (self.weight * self.good_fraction).sum(axis=(1, 2))
@@ -203,6 +317,20 @@ class PatchData:
             raise ValueError(f"{len(observations)} visits cannot stand in for {len(self)}.")
         other = copy.copy(self)
         other._observations = observations
+        return other
+
+    def with_statistics(self, statistics: SetStatistics, median: torch.Tensor) -> PatchData:
+        """Return the same patch with the statistics of other pixel values, which are not read any more.
+
+        Parameters
+        ----------
+        statistics : `SetStatistics`
+            What `linearise` returns for all models.
+        median : `torch.Tensor`, (set, y, x)
+            What `lower_median` returns.
+        """
+        other = copy.copy(self)
+        other._statistics, other._median = statistics, median
         return other
 
     @property
@@ -235,10 +363,11 @@ class PatchData:
                 self.weight[index, i, j] = 1.0 / float(np.median(observation.variance[ys, xs][good]))
         self.seeing[index] = observation.seeing()
 
-    def _kernels(self, index: int, observation: Observation) -> torch.Tensor:
+    def _kernels(self, index: int, observation: Observation | None = None) -> torch.Tensor:
         """Make the data kernels; a cell without a PSF, of weight 0, borrows that of the nearest cell."""
         if index in self._kept_kernels:
             return self._kept_kernels[index]
+        observation = self._observations[index] if observation is None else observation
         filled, has_psf = observation.psf.copy(), observation.has_psf
         have = np.argwhere(has_psf)
         for i, j in np.argwhere(~has_psf):
@@ -252,13 +381,26 @@ class PatchData:
             self._kept_kernels[index] = result
         return result
 
-    def _on_canvas(self, array: np.ndarray, origin: tuple[int, int]) -> torch.Tensor:
-        """Place the array of a visit on the canvas, 0 elsewhere."""
+    def _operator(self, index: int, observation: Observation) -> CellConvolution:
+        """Make the operator of a visit, which is right where the visit has weight."""
+        if index in self._kept_operators:
+            return self._kept_operators[index]
+        used = self.weight[index] > 0.0
+        operator = CellConvolution(self._kernels(index, observation), self.layout, self.margin, used)
+        kept = sum(other.nbytes for other in self._kept_operators.values())
+        if kept + operator.nbytes <= _OPERATOR_CACHE_BYTES:
+            self._kept_operators[index] = operator
+        return operator
+
+    def _on_canvas(
+        self, array: np.ndarray, origin: tuple[int, int], good: torch.Tensor, bad: float = 0.0
+    ) -> torch.Tensor:
+        """Place the array of a visit on the canvas, with a value for bad pixels, and 0 elsewhere."""
         canvas = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         y, x = origin[0] + self.margin, origin[1] + self.margin
-        canvas[y : y + array.shape[0], x : x + array.shape[1]] = torch.as_tensor(
-            np.ascontiguousarray(array), dtype=self.dtype, device=self.device
-        )
+        inside = canvas[y : y + array.shape[0], x : x + array.shape[1]]
+        values = torch.as_tensor(np.ascontiguousarray(array), dtype=self.dtype, device=self.device)
+        inside.copy_(torch.where(good, values, bad))
         return canvas
 
     def pixel_weight(self, cell_values: np.ndarray) -> np.ndarray:
@@ -267,37 +409,54 @@ class PatchData:
 
     def visit(self, index: int) -> VisitTensors:
         """Read one visit."""
-        observation = self._observations[index]
-        good = observation.good
-        y0, x0 = observation.origin
-        ny, nx = good.shape
-        cell_weight = self.pixel_weight(self.weight[index])[y0 : y0 + ny, x0 : x0 + nx]
+        return self._tensors(index, self._observations[index])
+
+    def _tensors(self, index: int, observation: Observation) -> VisitTensors:
+        """Put a visit on the canvas."""
+        origin, shape = observation.origin, observation.good.shape
+        good = torch.as_tensor(np.ascontiguousarray(observation.good), device=self.device)
+        weight = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        y, x = origin[0] + self.margin, origin[1] + self.margin
+        weight[y : y + shape[0], x : x + shape[1]] = good
+        cell_weight = torch.as_tensor(self.weight[index], dtype=self.dtype, device=self.device)
+        self._cells_of(weight).mul_(cell_weight[:, None, :, None])
         return VisitTensors(
-            flux=self._on_canvas(np.where(good, observation.flux, 0.0), observation.origin),
-            variance=self._on_canvas(np.where(good, observation.variance, 1.0), observation.origin),
-            weight=self._on_canvas(np.where(good, cell_weight, 0.0), observation.origin),
-            kernel=CellConvolution(self._kernels(index, observation), self.layout, self.margin),
+            flux=self._on_canvas(observation.flux, origin, good),
+            variance=self._on_canvas(observation.variance, origin, good, 1.0),
+            weight=weight,
+            kernel=self._operator(index, observation),
         )
+
+    def _cells_of(self, canvas: torch.Tensor) -> torch.Tensor:
+        """Return a view (cell_i, y, cell_j, x) of the patch on a canvas."""
+        ny, nx = self.layout.shape
+        patch = canvas[self.margin : self.margin + ny, self.margin : self.margin + nx]
+        return patch.unflatten(0, (self.layout.n_i, -1)).unflatten(2, (self.layout.n_j, -1))
 
     def visits(self) -> Iterator[tuple[int, VisitTensors]]:
         """Iterate over visits with at least one good pixel, one in memory at a time."""
-        for index in range(len(self)):
-            if self.weight[index].any():
-                yield index, self.visit(index)
+        usable = np.flatnonzero(self.weight.any(axis=(1, 2))).tolist()
+        for index, _, visit in self.read(usable):
+            yield index, visit
+
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[int, Observation, VisitTensors]]:
+        """Iterate over some visits, the next one being read while there is work on the last."""
+        for index, observation in in_turn(self._observations, indices):
+            yield index, observation, self._tensors(index, observation)
 
     def scale(
         self, visit: VisitTensors, prediction: torch.Tensor, psf_error: float | None = None
     ) -> torch.Tensor:
         """Return the standard deviation s of a pixel: its noise and the error of its PSF (nJy)."""
         error = self.psf_error if psf_error is None else psf_error
-        return torch.sqrt(visit.variance + (error * prediction).square())
+        return torch.mul(prediction, error).square_().add_(visit.variance).sqrt_()
 
     def _sum_gram(self) -> torch.Tensor:
         """Add up the kernels of ``K^T w K`` of the visits of every group (group, i, j, k, k)."""
         total = torch.zeros((self.n_groups, self.layout.n_i, self.layout.n_j, 1, 1), dtype=self.dtype)
         total = total.to(self.device)
         for index in np.flatnonzero(self.group >= 0):
-            gram = gram_kernels(self._kernels(int(index), self._observations[int(index)]))
+            gram = gram_kernels(self._kernels(int(index)))
             weight = torch.as_tensor(self.weight[index], dtype=self.dtype, device=self.device)
             gram = weight[:, :, None, None] * gram
             border = (total.shape[-1] - gram.shape[-1]) // 2
@@ -326,6 +485,8 @@ class PatchData:
         `matched_noise` is that of the sky where no pixel is masked. In stars there is more noise than the
         weights of the cell say.
 
+        It is kept, since it does not depend on the pixel values.
+
         Returns
         -------
         variance : `torch.Tensor`, (y, x)
@@ -334,14 +495,15 @@ class PatchData:
         seen : `torch.Tensor`, (y, x)
             ``sum_t (K_t^2)^T w_t m_t``, the same if v were 1/w everywhere (1/nJy^2).
         """
-        variance = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        seen = torch.zeros_like(variance)
-        for index, visit in self.visits():
-            squared = self._kernels(index, self._observations[index]).square()
-            power = CellConvolution(squared, self.layout, self.margin)
-            variance += power.adjoint(visit.weight.square() * visit.variance)
-            seen += power.adjoint(visit.weight)
-        return variance, seen
+        if self._noise_of_gradient is None:
+            total = torch.zeros((2, *self.shape), dtype=self.dtype, device=self.device)
+            for index, visit in self.visits():
+                squared = self._kernels(index).square()
+                power = CellConvolution(squared, self.layout, self.margin, self.weight[index] > 0.0)
+                noise = visit.variance.mul_(visit.weight).mul_(visit.weight)
+                total += power.adjoint(torch.stack([noise, visit.weight]))
+            self._noise_of_gradient = total[0], total[1]
+        return self._noise_of_gradient
 
     def sets(self, members: torch.Tensor | None = None) -> VisitSets:
         """Read the visits once for what their masks, weights and PSFs say of sets of groups.
@@ -386,7 +548,12 @@ class PatchData:
         return members[:, int(self.group[visit])].nonzero()[:, 0].to(self.device)
 
     def linearise(
-        self, sets: VisitSets, models: torch.Tensor, *, psf_error: float | None = None
+        self,
+        sets: VisitSets,
+        models: torch.Tensor,
+        *,
+        psf_error: float | None = None,
+        coverage: torch.Tensor | None = None,
     ) -> SetStatistics:
         """Read the visits once and majorise the objective of every set at its own model.
 
@@ -398,40 +565,27 @@ class PatchData:
             Model u_0 of every set on the canvas, in nJy.
         psf_error : `float`, optional
             Relative error of the PSF to use in place of the instance's.
+        coverage : `torch.Tensor`, (set, y, x), optional
+            Coverage of a model that differs little, to be taken over: a third of the work.
 
         Returns
         -------
         statistics : `SetStatistics`
             The statistics of the sets; those of a set depend on the data of its own visits only.
         """
-        gradient = torch.zeros_like(models)
-        predicted = torch.zeros_like(models)
-        weighted = torch.zeros_like(models)
-        objective = torch.zeros(models.shape[0], dtype=self.dtype, device=self.device)
-        delta = self.huber_delta
+        if self._statistics is not None:
+            return self._statistics
+        sums = StatisticsSums(models, with_coverage=coverage is None)
         for index, visit in self.visits():
             chosen = self._sets_of(sets.members, index)
             if len(chosen) == 0:
                 continue
-            prediction = visit.kernel.forward(models[chosen])
+            prediction = visit.kernel.forward(models if len(chosen) == len(models) else models[chosen])
+            limit = self.scale(visit, prediction, psf_error).mul_(self.huber_delta)
             residual = visit.flux - prediction
-            scale = self.scale(visit, prediction, psf_error)
-            clipped = torch.clamp(residual, -delta * scale, delta * scale)
-            gradient[chosen] += visit.kernel.adjoint(visit.weight * clipped)
-            predicted[chosen] += visit.kernel.adjoint(visit.weight * prediction)
-            weighted[chosen] += visit.weight * (prediction + clipped)
-            huber = (residual - 0.5 * clipped) * clipped
-            objective[chosen] += (visit.weight * huber).sum(dim=(-2, -1))
-        tiny = torch.finfo(self.dtype).tiny
-        everywhere = sets.gram.forward(models)
-        return SetStatistics(
-            sets=sets,
-            matched=everywhere + gradient,
-            seen=predicted + gradient,
-            coverage=(predicted / everywhere.clamp_min(tiny)).clamp(0.0, _MAX_COVERAGE),
-            coadd=torch.where(sets.depth > 0, weighted / sets.depth.clamp_min(tiny), 0.0),
-            objective=objective / sets.n_pixels.clamp_min(1.0),
-        )
+            clipped = torch.clamp(residual, -limit, limit)
+            sums.add(visit, chosen, prediction, clipped, residual)
+        return sums.statistics(sets, models, coverage)
 
     def lower_median(self, sets: VisitSets) -> torch.Tensor:
         """Return the pixel-wise lower median of the good pixels of every set of visits.
@@ -445,22 +599,32 @@ class PatchData:
         median : `torch.Tensor`, (set, y, x)
             nJy, 0 far from all good pixels of a set.
         """
-        of_groups = torch.stack(
+        if self._median is not None:
+            return self._median
+        return self.median_of_groups(
+            sets,
             [
-                lower_median(self._masked_flux(int(index)) for index in np.flatnonzero(self.group == group))
+                lower_median(
+                    torch.where(visit.weight > 0, visit.flux, torch.nan)
+                    for _, _, visit in self.read(np.flatnonzero(self.group == group).tolist())
+                )
                 for group in range(self.n_groups)
+            ],
+        )
+
+    def median_of_groups(self, sets: VisitSets, of_groups: list[torch.Tensor]) -> torch.Tensor:
+        """Return the `lower_median` of sets from that of every group, (y, x), which is NaN without data."""
+        median = torch.stack(
+            [
+                median_of([image for image, member in zip(of_groups, members, strict=True) if member])
+                for members in sets.members.tolist()
             ]
         )
-        # torch's nanmedian is the lower of the two middle values.
-        median = torch.stack([of_groups[m.to(self.device)].nanmedian(dim=0).values for m in sets.members])
         ny, nx = self.layout.shape
         patch = median[:, self.margin : self.margin + ny, self.margin : self.margin + nx]
         for _ in range(self.margin):
+            if not bool(patch.isnan().any()):
+                break
             filled = torch.nn.functional.max_pool2d(patch.nan_to_num(-torch.inf), 3, stride=1, padding=1)
             patch[...] = torch.where(patch.isnan() & filled.isfinite(), 0.75 * filled, patch)
         return median.nan_to_num(0.0)
-
-    def _masked_flux(self, index: int) -> torch.Tensor:
-        """Return the flux of a visit on the canvas, NaN where it is not good."""
-        visit = self.visit(index)
-        return torch.where(visit.weight > 0, visit.flux, torch.nan)

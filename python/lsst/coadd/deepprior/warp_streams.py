@@ -17,6 +17,7 @@ from lsst.images.cells import CellGrid
 from lsst.pipe.base import InMemoryDatasetHandle
 
 from .observation import Observation
+from .reading import StoredSequence
 from .warps import Warp
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def _read_cell_coadd(handle: DeferredDatasetHandle | InMemoryDatasetHandle) -> W
     return Warp.from_cell_coadd(handle.get())
 
 
-class WarpHandles(Sequence[Warp]):
+class WarpHandles(StoredSequence[Warp]):
     """Warps that are read each time they are asked for, so that one is in memory at a time.
 
     Parameters
@@ -75,7 +76,7 @@ class WarpHandles(Sequence[Warp]):
             raise RuntimeError(f"The warp {handle.dataId} cannot be used: {err}") from err
 
 
-class WarpObservations(Sequence[Observation]):
+class WarpObservations(StoredSequence[Observation]):
     """Observations of some warps, of which a limited number of bytes is kept.
 
     Parameters

@@ -14,7 +14,6 @@ import functools
 from collections.abc import Iterable, Mapping
 
 import astropy.units as u
-import galsim
 import numpy as np
 
 from lsst.images import Box, Image, Mask, Polygon, SkyProjection, TractFrame
@@ -387,6 +386,8 @@ def _psf_shapes(stamps: np.ndarray) -> np.ndarray:
 
 def _adaptive_moments(stamp: np.ndarray) -> np.ndarray:
     """Measure the adaptive moments xx, yy, xy of a stamp in pixel^2; NaN where they do not converge."""
+    import galsim  # takes a third of a second, and is needed once a patch is restored
+
     result = galsim.hsm.FindAdaptiveMom(galsim.Image(stamp), strict=False)
     if result.error_message:
         return np.full(3, np.nan)

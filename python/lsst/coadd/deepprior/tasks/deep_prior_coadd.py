@@ -34,6 +34,7 @@ from ..coadd import InputPlanes, make_coadds, mask_shares
 from ..fit_checkpoint import checkpoint_file
 from ..network_dataset import NETWORK_DATASET_TYPE, NETWORK_STORAGE_CLASS, network_from_dataset
 from ..psf import FWHM_PER_SIGMA
+from ..reading import in_turn
 from ..warp_streams import WarpObservations, cell_layout
 from ..warps import Warp, WarpInfo
 from .direct_warp_inputs import DirectWarpConfig, DirectWarpConnections, read_warps
@@ -376,7 +377,7 @@ class DeepPriorCoaddTask(PipelineTask):
         infos: list[WarpInfo] = []
         left_out: list[str] = []
         planes: InputPlanes | None = None
-        for index, warp in enumerate(warps):
+        for index, warp in in_turn(warps, range(len(warps))):
             observation = warp.observation(self.config.bad_mask_planes)
             if not observation.good.any():
                 self.log.warning("%s has no usable pixel in the patch and is left out.", warp.label)

@@ -72,6 +72,7 @@ def restore_on_node(
     import torch
 
     from ..batches import Batches
+    from ..parallel import keep_freed_memory
     from ..restore import restore
 
     warn = partial(log.warning, "%s: %s.", label)
@@ -89,6 +90,7 @@ def restore_on_node(
         checkpoint=_open_checkpoint(config, log, observations, settings, checkpoint),
         batches=Batches(warn),
     )
+    keep_freed_memory()
     try:
         return restore_on(device=device), device
     except torch.OutOfMemoryError as err:

@@ -1,0 +1,102 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Parts of an image at once on the cores of a CPU.
+
+Threads that share large pieces wait for each other a few times an image. Those of the single operations of
+torch would wait thousands of times, each time for a core that others may have.
+"""
+
+from __future__ import annotations
+
+__all__ = ("by_rows", "in_parallel", "keep_freed_memory")
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Parameters of glibc's ``mallopt``."""
+
+_BLOCK_PIXELS = 2**17
+"""Number of pixels of a block of rows."""
+
+
+def in_parallel[T](function: Callable[[T], None], parts: Sequence[T], like: torch.Tensor) -> None:
+    """Call a function for parts that do not depend on each other, on as many threads as torch has.
+
+    Parameters
+    ----------
+    function : `~collections.abc.Callable`
+        Function of a part. Without a need for gradients.
+    parts : `~collections.abc.Sequence`
+        The parts.
+    like : `torch.Tensor`
+        A tensor of the computation; elsewhere than on a CPU, or where it has a gradient, parts come one by
+        one.
+    """
+    n_threads = torch.get_num_threads()
+    if n_threads == 1 or len(parts) == 1 or like.device.type != "cpu" or like.requires_grad:
+        for part in parts:
+            function(part)
+        return
+
+    def one(part: T) -> None:
+        with torch.no_grad():
+            function(part)
+
+    for future in [_threads(n_threads, os.getpid()).submit(one, part) for part in parts]:
+        future.result()
+
+
+def by_rows(function: Callable[..., None], *images: torch.Tensor) -> None:
+    """Call a function for blocks of rows of images, of a size that a cache holds, which are not copied.
+
+    Parameters
+    ----------
+    function : `~collections.abc.Callable`
+        Function of the same rows of all images, which it may change.
+    *images : `torch.Tensor`, (..., y, x)
+        Images of one shape.
+    """
+    first = images[0]
+    rows = max(1, _BLOCK_PIXELS // max(1, first[..., 0, :].numel()))
+    if first.device.type != "cpu":
+        rows = first.shape[-2]
+
+    def block(start: int) -> None:
+        n = min(rows, first.shape[-2] - start)
+        function(*(image.narrow(-2, start, n) for image in images))
+
+    in_parallel(block, range(0, first.shape[-2], rows), first)
+
+
+@functools.lru_cache(maxsize=1)
+def _threads(n_threads: int, process: int) -> ThreadPoolExecutor:
+    """Return threads in which torch's operations are not divided further."""
+    pool = ThreadPoolExecutor(n_threads, "deepprior", initializer=torch.set_num_threads, initargs=(1,))
+    for future in [pool.submit(torch.get_num_threads) for _ in range(4 * n_threads)]:
+        future.result()
+    # The last call counts for threads that begin later.
+    torch.set_num_threads(n_threads)
+    return pool
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for what is allocated next, where there is glibc.
+
+    Otherwise each image of a patch larger than 32 MiB is given back to the system when it is freed, and the
+    next one comes from it page by page, which takes longer than most operations on it.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
