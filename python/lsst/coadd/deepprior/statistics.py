@@ -178,11 +178,14 @@ class PatchData:
         self._kept_kernels: dict[int, torch.Tensor] = {}
         n_visits = len(observations)
         self.weight = np.zeros((n_visits, layout.n_i, layout.n_j))
-        """Inverse sky variance of visit and cell, 0 without a good pixel ((visit, i, j), 1/nJy^2)."""
+        """Inverse sky variance of visit and cell, 0 without a good pixel ((visit, i, j), 1/nJy^2). On a finer
+        grid it is shared between the pixels that a good one stands for."""
         self.good_fraction = np.zeros_like(self.weight)
-        """Fraction of the pixels of the cell that are good ((visit, i, j))."""
+        """Fraction of the pixels of the cell that are good, of those that a visit can have ((visit, i, j))."""
         self.overlap = np.zeros_like(self.weight)
         """Fraction of the cell that the visit's box covers ((visit, i, j))."""
+        self.sampling = observations[0].sampling if n_visits else 1
+        """Step in pixels from one pixel that visits have to the next, 1 but on a grid finer than theirs."""
         self.seeing = np.full(n_visits, np.nan)
         """FWHM of the PSF of every visit in pixels, in the middle one of its cells."""
         for index, observation in enumerate(observations):
@@ -218,6 +221,8 @@ class PatchData:
                 f"{observation.name} has PSFs for {observation.psf.shape[:2]} cells, but the patch has "
                 f"({layout.n_i}, {layout.n_j})."
             )
+        if observation.sampling != self.sampling:
+            raise ValueError(f"{observation.name} has not the same pixels as {self._observations[0].name}.")
         y0, x0 = observation.origin
         ny, nx = observation.flux.shape
         if y0 < 0 or x0 < 0 or y0 + ny > layout.shape[0] or x0 + nx > layout.shape[1]:
@@ -231,8 +236,10 @@ class PatchData:
             area = layout.height * layout.width
             self.overlap[index, i, j] = good.size / area
             if has_psf[i, j] and good.any():
-                self.good_fraction[index, i, j] = good.sum() / area
-                self.weight[index, i, j] = 1.0 / float(np.median(observation.variance[ys, xs][good]))
+                shared = self.sampling**2
+                self.good_fraction[index, i, j] = shared * good.sum() / area
+                median = float(np.median(observation.variance[ys, xs][good]))
+                self.weight[index, i, j] = 1.0 / (shared * median)
         self.seeing[index] = observation.seeing()
 
     def _kernels(self, index: int, observation: Observation) -> torch.Tensor:
@@ -265,13 +272,20 @@ class PatchData:
         """Spread one value a cell over the pixels of the patch ((i, j) to (y, x))."""
         return np.repeat(np.repeat(cell_values, self.layout.height, axis=0), self.layout.width, axis=1)
 
+    @property
+    def sampled(self) -> tuple[slice, slice]:
+        """Pixels of the canvas, (y, x), that stand for those of the visits in the patch."""
+        ny, nx = self.layout.shape
+        first = self.margin + (self.sampling - 1) // 2
+        return tuple(slice(first, self.margin + n, self.sampling) for n in (ny, nx))
+
     def visit(self, index: int) -> VisitTensors:
         """Read one visit."""
         observation = self._observations[index]
         good = observation.good
         y0, x0 = observation.origin
         ny, nx = good.shape
-        cell_weight = self.pixel_weight(self.weight[index])[y0 : y0 + ny, x0 : x0 + nx]
+        cell_weight = self.sampling**2 * self.pixel_weight(self.weight[index])[y0 : y0 + ny, x0 : x0 + nx]
         return VisitTensors(
             flux=self._on_canvas(np.where(good, observation.flux, 0.0), observation.origin),
             variance=self._on_canvas(np.where(good, observation.variance, 1.0), observation.origin),
@@ -453,12 +467,27 @@ class PatchData:
         )
         # torch's nanmedian is the lower of the two middle values.
         median = torch.stack([of_groups[m.to(self.device)].nanmedian(dim=0).values for m in sets.members])
+        if self.sampling > 1:
+            median = self._interpolated(median)
         ny, nx = self.layout.shape
         patch = median[:, self.margin : self.margin + ny, self.margin : self.margin + nx]
         for _ in range(self.margin):
             filled = torch.nn.functional.max_pool2d(patch.nan_to_num(-torch.inf), 3, stride=1, padding=1)
             patch[...] = torch.where(patch.isnan() & filled.isfinite(), 0.75 * filled, patch)
         return median.nan_to_num(0.0)
+
+    def _interpolated(self, images: torch.Tensor) -> torch.Tensor:
+        """Interpolate between the pixels that visits have, linearly along both axes; NaN far from them."""
+        step = self.sampling
+        # The pixel of the visit is centred at its fine pixel or, with an even step, half a pixel beyond it.
+        distance = torch.arange(step, -step - 1, -1, dtype=self.dtype, device=self.device)
+        row = (1.0 - (distance - 0.5 * ((step - 1) % 2)).abs() / step).clamp_min(0.0)
+        kernel = torch.outer(row, row)[None, None]
+        values, weights = (
+            torch.nn.functional.conv2d(image[:, None], kernel, padding=step)[:, 0]
+            for image in (images.nan_to_num(0.0), images.isfinite().to(self.dtype))
+        )
+        return torch.where(weights > 0.0, values / weights, torch.nan)
 
     def _masked_flux(self, index: int) -> torch.Tensor:
         """Return the flux of a visit on the canvas, NaN where it is not good."""
