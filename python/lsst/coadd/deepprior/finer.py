@@ -30,7 +30,9 @@ __all__ = (
     "finer_observation",
     "finer_psf",
     "own_stamp",
+    "repeated",
     "spread_layers",
+    "spread_psf",
 )
 
 import dataclasses
@@ -87,9 +89,9 @@ def _finer_stamp(stamp: np.ndarray, oversampling: int, shift: float) -> np.ndarr
         return (_moffat(parameters, centres, centres) - stamp / peak).ravel()
 
     start = np.array([1.2, 0.0, 0.0, width, width, 0.0, 0.9])
-    bounds = np.array([4.0, 1.0, 1.0, 3.0, 3.0, 20.0, 3.0])
-    bounds = np.where([True] + 6 * [False], [[0.0] * 7, bounds], [-bounds, bounds])
-    fit = scipy.optimize.least_squares(difference, np.clip(start, *bounds), bounds=bounds).x
+    upper = np.array([4.0, 1.0, 1.0, 3.0, 3.0, 20.0, 3.0])
+    lower = np.append(0.0, -upper[1:])
+    fit = scipy.optimize.least_squares(difference, np.clip(start, lower, upper), bounds=(lower, upper)).x
     rest = stamp - peak * _moffat(fit, centres, centres)
     # What the profile leaves is interpolated by its Fourier series, on twice the width against wrapping.
     size = 2 * stamp.shape[0] + 1
@@ -130,9 +132,7 @@ def finer_psf(psf: np.ndarray, oversampling: int, *, centred: bool = False) -> n
     """
     check_oversampling(oversampling)
     if psf.ndim != 4 or psf.shape[2] != psf.shape[3] or psf.shape[2] % 2 == 0:
-        raise ValueError(
-            f"PSF stamps must have the shape (cell_i, cell_j, k, k) with odd k, not {psf.shape}."
-        )
+        raise ValueError(f"PSF stamps must be (cell_i, cell_j, k, k) with odd k, not {psf.shape}.")
     size = oversampling * (psf.shape[-1] - 1) + 1
     finer = np.full((*psf.shape[:2], size, size), np.nan)
     last: tuple[np.ndarray, np.ndarray] | None = None
@@ -188,7 +188,9 @@ def finer_layout(layout: CellLayout, oversampling: int) -> CellLayout:
     return dataclasses.replace(layout, height=oversampling * layout.height, width=oversampling * layout.width)
 
 
-def finer_observation(observation: Observation, oversampling: int) -> Observation:
+def finer_observation(
+    observation: Observation, oversampling: int, psf: np.ndarray | None = None
+) -> Observation:
     """Put a visit on a finer grid.
 
     Parameters
@@ -197,6 +199,8 @@ def finer_observation(observation: Observation, oversampling: int) -> Observatio
         The visit on its own pixels.
     oversampling : `int`
         How many fine pixels a pixel has along an axis, 2 or 3.
+    psf : `numpy.ndarray`, (cell_i, cell_j, K, K), optional
+        Its PSF at the fine pixels that stand for its own, by default that of `finer_psf`.
 
     Returns
     -------
@@ -224,12 +228,17 @@ def finer_observation(observation: Observation, oversampling: int) -> Observatio
         flux=spaced(observation.flux, 1.0 / area),
         variance=spaced(observation.variance, 1.0 / area**2),
         good=spaced(observation.good, True),
-        psf=finer_psf(observation.psf, oversampling),
+        psf=finer_psf(observation.psf, oversampling) if psf is None else psf,
         origin=(oversampling * observation.origin[0], oversampling * observation.origin[1]),
         name=observation.name,
         noise=None if observation.noise is None else spaced(observation.noise, 1.0 / area),
         sampling=oversampling,
     )
+
+
+def repeated(image: np.ndarray, oversampling: int) -> np.ndarray:
+    """Repeat the pixels of an image k x k times, (y, x) to (k y, k x)."""
+    return np.repeat(np.repeat(image, oversampling, axis=0), oversampling, axis=1)
 
 
 def block_correlation(oversampling: int) -> np.ndarray:
@@ -247,6 +256,30 @@ def block_correlation(oversampling: int) -> np.ndarray:
     """
     row = 1.0 - np.abs(np.arange(1 - oversampling, oversampling)) / oversampling
     return np.outer(row, row)
+
+
+def spread_psf(psf: np.ndarray, oversampling: int) -> np.ndarray:
+    """Return the PSF of an image whose pixels have been repeated k x k times.
+
+    Parameters
+    ----------
+    psf : `numpy.ndarray`, (cell_i, cell_j, K, K)
+        PSF at the fine pixels that stand for those of the visits, as `finer_psf` makes it.
+    oversampling : `int`
+        The factor k, 2 or 3.
+
+    Returns
+    -------
+    spread : `numpy.ndarray`, (cell_i, cell_j, K', K')
+        Mean of the image of a point over its positions in a block, centred on the central pixel.
+    """
+    k, n = oversampling, psf.shape[-1]
+    spread = np.zeros((*psf.shape[:2], n + 2 * (k // 2), n + 2 * (k // 2)))
+    # The fine pixel that stands for a pixel, number (k - 1) // 2 of its block, gives its value to the others.
+    first = k // 2 - (k - 1) // 2
+    for dy, dx in np.ndindex(k, k):
+        spread[:, :, first + dy : first + dy + n, first + dx : first + dx + n] += psf / k**2
+    return np.where(np.isfinite(psf).all(axis=(2, 3), keepdims=True), spread, np.nan)
 
 
 def spread_layers(layers: CoaddLayers, oversampling: int) -> CoaddLayers:
@@ -270,34 +303,33 @@ def spread_layers(layers: CoaddLayers, oversampling: int) -> CoaddLayers:
     check_oversampling(oversampling)
     k = oversampling
 
-    def repeated(image: np.ndarray) -> np.ndarray:
-        return np.repeat(np.repeat(image, k, axis=0), k, axis=1)
-
-    images = ("coadd", "residual", "variance", "n_visits", "n_good", "masked", "clipped")
-    n = layers.psf.shape[-1]
-    psf = np.zeros((*layers.psf.shape[:2], n + 2 * (k // 2), n + 2 * (k // 2)))
-    # The fine pixel that stands for a pixel, number (k - 1) // 2 of its block, gives its value to the others.
-    first = k // 2 - (k - 1) // 2
-    for dy, dx in np.ndindex(k, k):
-        psf[:, :, first + dy : first + dy + n, first + dx : first + dx + n] += layers.psf / k**2
     outliers = []
     for one in layers.outliers:
         pixels = np.zeros(layers.coadd.shape, dtype=bool)
         pixels[one.pixels] = True
-        fluxes = {
-            name: k**2 * getattr(one, name) for name in ("flux", "flux_err", "psf_flux", "psf_flux_err")
-        }
         outliers.append(
             dataclasses.replace(
                 one,
-                pixels=np.nonzero(repeated(pixels)),
+                pixels=np.nonzero(repeated(pixels, k)),
                 x=k * one.x + 0.5 * (k - 1),
                 y=k * one.y + 0.5 * (k - 1),
                 length=k * one.length,
                 width=k * one.width,
-                **fluxes,
+                flux=k**2 * one.flux,
+                flux_err=k**2 * one.flux_err,
+                psf_flux=k**2 * one.psf_flux,
+                psf_flux_err=k**2 * one.psf_flux_err,
             )
         )
     return dataclasses.replace(
-        layers, psf=psf, outliers=outliers, **{name: repeated(getattr(layers, name)) for name in images}
+        layers,
+        coadd=repeated(layers.coadd, k),
+        residual=repeated(layers.residual, k),
+        variance=repeated(layers.variance, k),
+        psf=spread_psf(layers.psf, k),
+        n_visits=repeated(layers.n_visits, k),
+        n_good=repeated(layers.n_good, k),
+        masked=repeated(layers.masked, k),
+        clipped=repeated(layers.clipped, k),
+        outliers=outliers,
     )

@@ -181,7 +181,7 @@ class PatchData:
         """Inverse sky variance of visit and cell, 0 without a good pixel ((visit, i, j), 1/nJy^2). On a finer
         grid it is shared between the pixels that a good one stands for."""
         self.good_fraction = np.zeros_like(self.weight)
-        """Fraction of the pixels of the cell that are good, of those that a visit can have ((visit, i, j))."""
+        """Fraction of the pixels of the cell that are good, of those the visit can have ((visit, i, j))."""
         self.overlap = np.zeros_like(self.weight)
         """Fraction of the cell that the visit's box covers ((visit, i, j))."""
         self.sampling = observations[0].sampling if n_visits else 1
@@ -277,7 +277,7 @@ class PatchData:
         """Pixels of the canvas, (y, x), that stand for those of the visits in the patch."""
         ny, nx = self.layout.shape
         first = self.margin + (self.sampling - 1) // 2
-        return tuple(slice(first, self.margin + n, self.sampling) for n in (ny, nx))
+        return slice(first, self.margin + ny, self.sampling), slice(first, self.margin + nx, self.sampling)
 
     def visit(self, index: int) -> VisitTensors:
         """Read one visit."""
