@@ -89,7 +89,7 @@ def _finer_stamp(stamp: np.ndarray, oversampling: int, shift: float) -> np.ndarr
         return (_moffat(parameters, centres, centres) - stamp / peak).ravel()
 
     start = np.array([1.2, 0.0, 0.0, width, width, 0.0, 0.9])
-    upper = np.array([4.0, 1.0, 1.0, 3.0, 3.0, 20.0, 3.0])
+    upper = np.array([4.0, 1.0, 1.0, 3.0, 3.0, 20.0, 5.0])
     lower = np.append(0.0, -upper[1:])
     fit = scipy.optimize.least_squares(difference, np.clip(start, lower, upper), bounds=(lower, upper)).x
     rest = stamp - peak * _moffat(fit, centres, centres)

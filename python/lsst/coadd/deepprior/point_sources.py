@@ -139,7 +139,9 @@ def _profile(sigma: float, offset: float) -> np.ndarray:
     wide = half + math.ceil(5.0 * inner)
     pixels = np.arange(-wide, wide + 1.0)
     smooth = np.exp(-0.5 * ((pixels[:, None] - nodes) / inner) ** 2) / r_sum
-    return scipy.optimize.nnls(smooth, np.exp(-0.5 * ((pixels - offset) / sigma) ** 2) / g_sum)[0]
+    wanted = np.exp(-0.5 * ((pixels - offset) / sigma) ** 2) / g_sum
+    # Wide targets take more steps than nnls allows by default.
+    return scipy.optimize.nnls(smooth, wanted, maxiter=30 * len(nodes))[0]
 
 
 def point_latent(sigma: float, dy: float, dx: float) -> np.ndarray:

@@ -113,7 +113,7 @@ class SetStatistics:
         ``sum_t K_t^T w_t m_t K_t u_0`` over ``A u_0``: the part of the prediction of A that has data, 0 to 1,
         and a little more where A predicts too little because PSFs or weights change at the border of a cell.
     coadd : `torch.Tensor`, (set, y, x)
-        Weighted mean of the clipped visits, 0 where no visit is good (nJy).
+        Weighted mean of the clipped visits, 0 where no visit is good (nJy); interpolated on a finer grid.
     objective : `torch.Tensor`, (set,)
         Robust objective L at the model of the linearisation, divided by the number of good pixels.
     """
@@ -438,12 +438,15 @@ class PatchData:
             objective[chosen] += (visit.weight * huber).sum(dim=(-2, -1))
         tiny = torch.finfo(self.dtype).tiny
         everywhere = sets.gram.forward(models)
+        coadd = torch.where(sets.depth > 0, weighted / sets.depth.clamp_min(tiny), torch.nan)
+        if self.sampling > 1:
+            coadd = self._interpolated(coadd)
         return SetStatistics(
             sets=sets,
             matched=everywhere + gradient,
             seen=predicted + gradient,
             coverage=(predicted / everywhere.clamp_min(tiny)).clamp(0.0, _MAX_COVERAGE),
-            coadd=torch.where(sets.depth > 0, weighted / sets.depth.clamp_min(tiny), 0.0),
+            coadd=coadd.nan_to_num(0.0),
             objective=objective / sets.n_pixels.clamp_min(1.0),
         )
 
