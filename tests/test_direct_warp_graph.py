@@ -17,6 +17,7 @@ import pytest
 from run_pipetask import pipetask
 
 from lsst.coadd.deepprior.direct_warps import PatchGeometry
+from lsst.coadd.deepprior.finer_skymap_dataset import register_finer_skymap
 from lsst.coadd.deepprior.simulate import Scene
 from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddConfig, DeepPriorCoaddConnections
 from lsst.coadd.deepprior.tasks.direct_warp_inputs import select_visits
@@ -189,3 +190,35 @@ def test_warps_are_read_one_at_a_time_by_the_reader(warps: list[Warp], scene: Sc
     with pytest.raises(RuntimeError, match="'visit': 7.*cannot be used: the file is damaged"):
         stream[2]
     assert PatchGeometry(scene.patch, scene.sky_projection).patch is warps[0].patch
+
+
+def test_finer_quantum_finds_its_warps_in_the_normal_skymap(
+    drp_repo: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("finer_drp") / "repo"
+    shutil.copytree(drp_repo, path)
+    butler = Butler.from_config(path, writeable=True)
+    register_finer_skymap(butler, "deepprior_sim", 2, run="finer")
+    pipeline = Pipeline.from_uri("$COADD_DEEPPRIOR_DIR/pipelines/finerDeepPriorCoadd.yaml")
+    pipeline.addConfigFile("deepPriorCoadd", str(Path(__file__).parents[1] / "config" / "directWarps.py"))
+    pipeline.addConfigOverride("plotDeepPriorCoadd", "warp_form", "exposure")
+    graph = pipeline.to_graph(registry=butler.registry)
+    builder = AllDimensionsQuantumGraphBuilder(
+        graph, butler, input_collections=[RUN, "finer"], output_run="u/test/new"
+    )
+    built = builder.build(attach_datastore_records=False)
+    quanta = list(built.get_task_quanta("deepPriorCoadd").values())
+    assert len(quanta) == len(built.get_task_quanta("plotDeepPriorCoadd")) == 4
+    for quantum in quanta:
+        assert quantum.dataId["skymap"] == "deepprior_sim_x2"
+        inputs = {dataset_type.name: refs for dataset_type, refs in quantum.inputs.items()}
+        assert len(inputs["skyMap"]) == len(inputs["deep_coadd_visit_selection"]) == 1
+        # Visits without an artifact mask are left out when the task runs.
+        assert len(inputs["direct_warp"]) == 3
+        assert len(inputs["compare_warp_artifact_mask"]) == 2
+        for name in ("skyMap", "direct_warp", "compare_warp_artifact_mask", "deep_coadd_visit_selection"):
+            assert {ref.dataId["skymap"] for ref in inputs[name]} == {"deepprior_sim"}
+        for ref in inputs["direct_warp"]:
+            assert ref.dataId["patch"] == quantum.dataId["patch"]
+            assert ref.dataId["band"] == quantum.dataId["band"]
+            assert ref.dataId["day_obs"] > 20200101

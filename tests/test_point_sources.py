@@ -179,3 +179,12 @@ def test_noise_of_the_gradient_is_that_of_the_data() -> None:
     assert float((total / variance)[inside].mean()) == pytest.approx(1.0, abs=0.02)
     assert float((variance / seen)[MARGIN + 25, MARGIN + 38]) == pytest.approx(9.0, rel=0.05)
     assert float((seen / data.matched_noise().square())[inside].mean()) == pytest.approx(0.9, abs=0.02)
+
+
+@pytest.mark.parametrize("sigma", [0.85, 2.5, 4.0])
+def test_point_is_the_target_however_wide(sigma: float) -> None:
+    latent = torch.as_tensor(point_latent(sigma, 0.3, -0.4))
+    wide = torch.nn.functional.pad(latent, (40,) * 4)
+    image = inner_smooth(wide, sigma).numpy()
+    expected = gaussian_stamp(sigma, image.shape[0], dx=-0.4, dy=0.3)
+    assert np.abs(image - expected).max() < 2e-3 * expected.max()

@@ -19,8 +19,11 @@ import click
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
+from lsst.daf.butler import Butler
+
 from . import __version__
 from .estimate_command import estimate_command
+from .finer_skymap_dataset import DEFAULT_FINER_SKYMAP_RUN, register_finer_skymap
 from .ingest import DEFAULT_RUN, DEFAULT_SKYMAP, IngestError, ingest_warp_files
 from .simulate import SceneConfig, write_scene
 from .train_command import ingest_network_command, train_command
@@ -95,6 +98,25 @@ def ingest(repo: Path, files: tuple[Path, ...], run: str, skymap: str) -> None:
         f"{result.n_ingested} warps of {result.n_patches} patches ingested into {result.run} of {repo}; "
         f"{result.n_skipped} were there already."
     )
+
+
+@main.command()
+@click.argument("repo", type=click.Path(exists=True, path_type=Path))
+@click.option("--skymap", default=DEFAULT_SKYMAP, help="Skymap of the warps.")
+@click.option("--oversampling", default="2", type=click.Choice(["2", "3"]), help="How many times finer.")
+@click.option("--run", default=DEFAULT_FINER_SKYMAP_RUN, help="Collection that tells pipelines of it.")
+def finer_skymap(repo: Path, skymap: str, oversampling: str, run: str) -> None:
+    """Register a skymap with finer pixels in the Butler repository REPO.
+
+    It has the tracts and patches of the skymap of the warps, and its name with _x2 or _x3 behind it. Run this
+    again when patches have been added; what is there already stays.
+    """
+    try:
+        with Butler.from_config(str(repo), writeable=True) as butler:
+            name, n_patches = register_finer_skymap(butler, skymap, int(oversampling), run)
+    except (OSError, RuntimeError, ValueError) as err:
+        raise click.ClickException(str(err)) from None
+    click.echo(f"The skymap {name} of {repo} has {n_patches} patches.")
 
 
 @main.command()

@@ -80,7 +80,8 @@ def _noise_correlation(data: PatchData, latent: torch.Tensor) -> float:
         deviation = torch.where(sky, deviation, 0.0)
         squares += float(deviation.square().sum())
         n_pixels += int(sky.sum())
-        for here, there in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        step = data.sampling
+        for here, there in ((np.s_[step:], np.s_[:-step]), (np.s_[:, step:], np.s_[:, :-step])):
             products += float((deviation[here] * deviation[there]).sum())
             n_pairs += int((sky[here] & sky[there]).sum())
     if n_pairs == 0 or squares == 0.0:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("check_records", "insert_patch", "insert_visits", "records")
+__all__ = ("check_records", "copy_patches", "insert_patch", "insert_visits", "records")
 
 import hashlib
 from collections.abc import Iterable
@@ -138,6 +138,36 @@ def insert_patch(butler: Butler, patch: PatchDefinition, sky_projection: SkyProj
         cell_y=patch.index.y,
         region=region,
     )
+
+
+def copy_patches(butler: Butler, skymap: str, name: str) -> int:
+    """Insert the records of another skymap with the tracts and patches of one, where they are absent.
+
+    Parameters
+    ----------
+    butler : `lsst.daf.butler.Butler`
+        The repository.
+    skymap : `str`
+        Name of the skymap whose tracts and patches are copied.
+    name : `str`
+        Name of the other skymap.
+
+    Returns
+    -------
+    n_patches : `int`
+        Number of its patches.
+    """
+    patches = records(butler, "patch", skymap=skymap)
+    for record in records(butler, "skymap", skymap=skymap):
+        digest = hashlib.sha1(name.encode()).digest()
+        _insert(butler, "skymap", **record.toDict() | {"name": name, "hash": digest})
+    for record in records(butler, "tract", skymap=skymap):
+        _insert(butler, "tract", **record.toDict() | {"skymap": name})
+        if isinstance(record.region, ConvexPolygon):
+            _grow_region(butler, "tract", record.region, skymap=name, tract=record.id)
+    for record in patches:
+        _insert(butler, "patch", **record.toDict() | {"skymap": name})
+    return len(patches)
 
 
 def _insert(butler: Butler, element: str, **record: object) -> None:

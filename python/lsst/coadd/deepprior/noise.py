@@ -17,6 +17,7 @@ import numpy as np
 import scipy.ndimage
 import torch
 
+from .finer import own_stamp, spread_layers
 from .noise_correlation import correlated_noise
 from .observation import Observation
 from .operators import CellLayout
@@ -99,17 +100,15 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
     layers : `CoaddLayers`
         Both coadds with the same weights, so that ``coadd - residual`` is the model at the PSF of the coadd.
     """
-    layout = data.layout
+    layout, step = data.layout, data.sampling
     enters = entering_visits(data)
     weight = np.where(enters, data.weight, 0.0)
-    inner = (
-        slice(data.margin, data.margin + layout.shape[0]),
-        slice(data.margin, data.margin + layout.shape[1]),
-    )
+    inner = data.sampled
+    shape = (layout.shape[0] // step, layout.shape[1] // step)
     # Of all good pixels; what outliers have added is kept apart.
-    total = np.zeros((5, *layout.shape), dtype=np.float32)
+    total = np.zeros((5, *shape), dtype=np.float32)
     rejected: list[tuple[np.ndarray, np.ndarray]] = []
-    count, n_good, n_rejected, n_entering = (np.zeros(layout.shape, dtype=np.int16) for _ in range(4))
+    count, n_good, n_rejected, n_entering = (np.zeros(shape, dtype=np.int16) for _ in range(4))
     reject = int((data.weight > 0.0).any(axis=(1, 2)).sum()) >= _MIN_VISITS_FOR_OUTLIERS
     psf = np.zeros((layout.n_i, layout.n_j, 1, 1))
     found: list[Outlier] = []
@@ -117,7 +116,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         prediction = visit.kernel.forward(latent)
         residual = visit.flux - prediction
         good = visit.weight > 0
-        pixel_weight = data.pixel_weight(weight[index].astype(np.float32))
+        pixel_weight = data.pixel_weight(weight[index].astype(np.float32))[::step, ::step]
         seen = good[inner].cpu().numpy()
         n_good += seen
         w = pixel_weight * seen
@@ -135,10 +134,10 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         count += w > 0
         n_entering += pixel_weight > 0
         if reject:
-            outlier = find_outliers(residual, data.scale(visit, prediction, OUTLIER_PSF_ERROR), good)
-            outlier = outlier[inner].cpu().numpy() & (w > 0)
+            scale = data.scale(visit, prediction, OUTLIER_PSF_ERROR)
+            outlier = find_outliers(residual[inner], scale[inner], good[inner]).cpu().numpy() & (w > 0)
             n_rejected += outlier
-            psf_at = functools.partial(_stamp_at, observations[index].psf, layout)
+            psf_at = functools.partial(_stamp_at, observations[index].psf, layout, step)
             found += outliers_of_visit(index, outlier, difference, variance, w > 0, psf_at)
             pixels = np.flatnonzero(outlier)
             rejected.append((pixels, np.stack([term.ravel()[pixels] for term in terms])))
@@ -152,7 +151,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
     with np.errstate(invalid="ignore", divide="ignore"):
         coadd, residual_coadd, variance = total[1] / total[0], total[2] / total[0], total[3] / total[0] ** 2
         psf /= weight.sum(axis=0)[:, :, None, None]
-    return CoaddLayers(
+    layers = CoaddLayers(
         coadd=coadd.astype(np.float32),
         residual=residual_coadd.astype(np.float32),
         variance=variance.astype(np.float32),
@@ -165,11 +164,12 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         outliers=[one for one in found if clipped[one.pixels].any()],
         chi2=float(total[4].sum(dtype=np.float64)) / max(int(n_visits.sum()), 1),
     )
+    return layers if step == 1 else spread_layers(layers, step)
 
 
-def _stamp_at(stamps: np.ndarray, layout: CellLayout, y: float, x: float) -> np.ndarray:
-    """Return the stamp of the cell that holds a position in the array of the patch."""
-    return stamps[round(y) // layout.height, round(x) // layout.width]
+def _stamp_at(stamps: np.ndarray, layout: CellLayout, step: int, y: float, x: float) -> np.ndarray:
+    """Return the stamp of the cell that holds a position in pixels of the visits."""
+    return own_stamp(stamps[step * round(y) // layout.height, step * round(x) // layout.width], step)
 
 
 def _add_stamps(total: np.ndarray, stamps: np.ndarray) -> np.ndarray:

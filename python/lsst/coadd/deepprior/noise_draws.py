@@ -87,4 +87,5 @@ def draw_noise(
             yield flux
 
     medians = [lower_median(fluxes(group)) for group in range(data.n_groups)]
-    return data.with_statistics(sums.statistics(sets, models, None), data.median_of_groups(sets, medians))
+    statistics = data.without_gaps(sums.statistics(sets, models, None))
+    return data.with_statistics(statistics, data.median_of_groups(sets, medians))

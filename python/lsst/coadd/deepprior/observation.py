@@ -38,6 +38,9 @@ class Observation:
         What messages call the visit.
     noise : `numpy.ndarray`, (y, x), float32, optional
         Image of noise alone in nJy, resampled like ``flux``.
+    sampling : `int`, optional
+        Step in pixels, along both axes, from one pixel that the visit has to the next; those in between are
+        never good. It is 1 but on a grid finer than the visit's own (`~lsst.coadd.deepprior.finer`).
 
     Raises
     ------
@@ -53,6 +56,7 @@ class Observation:
     origin: tuple[int, int]
     name: str
     noise: np.ndarray | None = None
+    sampling: int = 1
 
     def __post_init__(self) -> None:
         if (

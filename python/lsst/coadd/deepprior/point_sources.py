@@ -150,7 +150,9 @@ def _smoothing(sigma: float) -> tuple[np.ndarray, np.ndarray, float]:
 def _profile(sigma: float, offset: float) -> np.ndarray:
     """Return the non-negative v with ``r * v = g(. - offset)`` along one axis."""
     smooth, pixels, g_sum = _smoothing(sigma)
-    return scipy.optimize.nnls(smooth, np.exp(-0.5 * ((pixels - offset) / sigma) ** 2) / g_sum)[0]
+    wanted = np.exp(-0.5 * ((pixels - offset) / sigma) ** 2) / g_sum
+    # Wide targets take more steps than nnls allows by default.
+    return scipy.optimize.nnls(smooth, wanted, maxiter=30 * smooth.shape[1])[0]
 
 
 @functools.lru_cache(maxsize=8)

@@ -62,6 +62,11 @@ class InjectedStars:
     snr: np.ndarray
 
 
+def _half_width(sigma: float) -> int:
+    """Return half the width in pixels of what is compared around a star."""
+    return max(math.ceil(_RADIUS * sigma), _FIT_RADIUS) + 1
+
+
 def place_stars(
     data: PatchData, observations: Sequence[Observation], image: np.ndarray, seed: int
 ) -> InjectedStars:
@@ -86,7 +91,8 @@ def place_stars(
     rng = np.random.default_rng([seed, 7])
     depth = data.weight.sum(axis=0)
     noise = float(np.median(depth[depth > 0.0])) ** -0.5
-    distance = _SPACING * float(np.nanmedian(data.seeing))
+    # Far enough from the border for what is compared, also where the seeing is very good.
+    distance = max(_SPACING * float(np.nanmedian(data.seeing)), _half_width(data.sigma) + 1.0)
     # At the seeing, so that the noise of an image that was not regularised takes no place.
     light = scipy.ndimage.gaussian_filter(image, float(np.nanmedian(data.seeing)) / FWHM_PER_SIGMA)
     dark = np.pad(light < _LIT * noise, ((1, 1), (1, 1)))
@@ -160,7 +166,7 @@ def measure_leakage(difference: np.ndarray, stars: InjectedStars, sigma: float) 
         achieved and advertised PSF within that radius. A star that is not seen has no size.
     """
     advertised = fit_star(gaussian_stamp(sigma, 25), radius=_FIT_RADIUS).sigma
-    half = max(math.ceil(_RADIUS * sigma), _FIT_RADIUS) + 1
+    half = _half_width(sigma)
     result = []
     for snr in sorted(set(stars.snr.tolist())):
         sizes, fluxes, leaks = [], [], []

@@ -29,6 +29,7 @@ from .baselines import inner_smooth, maximum_likelihood
 from .batches import Batches
 from .conditions import patch_conditions
 from .data_steps import data_steps
+from .finer import block_correlation
 from .fit import mean_latent_image
 from .joint_fit import Coadd
 from .network import Features, Trunk, encoder_features, latent_and_slope
@@ -57,7 +58,7 @@ _DRAW_STEPS = 0.3
 linearisations, which disturb their acceleration, so many give bright pixels the same noise."""
 
 MARGIN = 16
-"""Width in pixels of the canvas around the patch, for the light of sources just outside."""
+"""Width in pixels of the visits of the canvas around the patch, for the light of sources just outside."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +250,7 @@ def restore(
         observations,
         layout,
         lambda seeing: target_sigma(seeing, settings.target_fwhm),
-        margin=MARGIN,
+        margin=MARGIN * observations[0].sampling,
         huber_delta=settings.huber_delta,
         psf_error=settings.psf_error,
         device=device,
@@ -311,6 +312,7 @@ def restore(
     times["psf"] = time.monotonic() - mark
     covered = layers.n_good > 0
     plain = Coadd(image, sigma, layers.residual, layers.variance, layers.psf)
+    plain = plain.correlated(block_correlation(data.sampling))
     carried = prior_carried(image, variance, layers.n_good, plain)
     times["total"] = time.monotonic() - started
     return Restoration(

@@ -129,7 +129,7 @@ class SetStatistics:
         ``sum_t K_t^T w_t m_t K_t u_0`` over ``A u_0``: the part of the prediction of A that has data, 0 to 1,
         and a little more where A predicts too little because PSFs or weights change at the border of a cell.
     coadd : `torch.Tensor`, (set, y, x)
-        Weighted mean of the clipped visits, 0 where no visit is good (nJy).
+        Weighted mean of the clipped visits, 0 where no visit is good (nJy); interpolated on a finer grid.
     objective : `torch.Tensor`, (set,)
         Robust objective L at the model of the linearisation, divided by the number of good pixels.
     """
@@ -288,11 +288,14 @@ class PatchData:
         self._median: torch.Tensor | None = None
         n_visits = len(observations)
         self.weight = np.zeros((n_visits, layout.n_i, layout.n_j))
-        """Inverse sky variance of visit and cell, 0 without a good pixel ((visit, i, j), 1/nJy^2)."""
+        """Inverse sky variance of visit and cell, 0 without a good pixel ((visit, i, j), 1/nJy^2). On a finer
+        grid it is shared between the pixels that a good one stands for."""
         self.good_fraction = np.zeros_like(self.weight)
-        """Fraction of the pixels of the cell that are good ((visit, i, j))."""
+        """Fraction of the pixels of the cell that are good, of those the visit can have ((visit, i, j))."""
         self.overlap = np.zeros_like(self.weight)
         """Fraction of the cell that the visit's box covers ((visit, i, j))."""
+        self.sampling = observations[0].sampling if n_visits else 1
+        """Step in pixels from one pixel that visits have to the next, 1 but on a grid finer than theirs."""
         self.seeing = np.full(n_visits, np.nan)
         """FWHM of the PSF of every visit in pixels, in the middle one of its cells."""
         for index, observation in in_turn(observations, range(n_visits)):
@@ -346,6 +349,8 @@ class PatchData:
                 f"{observation.name} has PSFs for {observation.psf.shape[:2]} cells, but the patch has "
                 f"({layout.n_i}, {layout.n_j})."
             )
+        if observation.sampling != self.sampling:
+            raise ValueError(f"{observation.name} has not the same pixels as {self._observations[0].name}.")
         y0, x0 = observation.origin
         ny, nx = observation.flux.shape
         if y0 < 0 or x0 < 0 or y0 + ny > layout.shape[0] or x0 + nx > layout.shape[1]:
@@ -359,8 +364,10 @@ class PatchData:
             area = layout.height * layout.width
             self.overlap[index, i, j] = good.size / area
             if has_psf[i, j] and good.any():
-                self.good_fraction[index, i, j] = good.sum() / area
-                self.weight[index, i, j] = 1.0 / float(np.median(observation.variance[ys, xs][good]))
+                shared = self.sampling**2
+                self.good_fraction[index, i, j] = shared * good.sum() / area
+                median = float(np.median(observation.variance[ys, xs][good]))
+                self.weight[index, i, j] = 1.0 / (shared * median)
         self.seeing[index] = observation.seeing()
 
     def _kernels(self, index: int, observation: Observation | None = None) -> torch.Tensor:
@@ -407,6 +414,13 @@ class PatchData:
         """Spread one value a cell over the pixels of the patch ((i, j) to (y, x))."""
         return np.repeat(np.repeat(cell_values, self.layout.height, axis=0), self.layout.width, axis=1)
 
+    @property
+    def sampled(self) -> tuple[slice, slice]:
+        """Pixels of the canvas, (y, x), that stand for those of the visits in the patch."""
+        ny, nx = self.layout.shape
+        first = self.margin + (self.sampling - 1) // 2
+        return slice(first, self.margin + ny, self.sampling), slice(first, self.margin + nx, self.sampling)
+
     def visit(self, index: int) -> VisitTensors:
         """Read one visit."""
         return self._tensors(index, self._observations[index])
@@ -419,7 +433,7 @@ class PatchData:
         y, x = origin[0] + self.margin, origin[1] + self.margin
         weight[y : y + shape[0], x : x + shape[1]] = good
         cell_weight = torch.as_tensor(self.weight[index], dtype=self.dtype, device=self.device)
-        self._cells_of(weight).mul_(cell_weight[:, None, :, None])
+        self._cells_of(weight).mul_(self.sampling**2 * cell_weight[:, None, :, None])
         return VisitTensors(
             flux=self._on_canvas(observation.flux, origin, good),
             variance=self._on_canvas(observation.variance, origin, good, 1.0),
@@ -585,7 +599,7 @@ class PatchData:
             residual = visit.flux - prediction
             clipped = torch.clamp(residual, -limit, limit)
             sums.add(visit, chosen, prediction, clipped, residual)
-        return sums.statistics(sets, models, coverage)
+        return self.without_gaps(sums.statistics(sets, models, coverage))
 
     def lower_median(self, sets: VisitSets) -> torch.Tensor:
         """Return the pixel-wise lower median of the good pixels of every set of visits.
@@ -620,6 +634,8 @@ class PatchData:
                 for members in sets.members.tolist()
             ]
         )
+        if self.sampling > 1:
+            median = self._interpolated(median)
         ny, nx = self.layout.shape
         patch = median[:, self.margin : self.margin + ny, self.margin : self.margin + nx]
         for _ in range(self.margin):
@@ -628,3 +644,23 @@ class PatchData:
             filled = torch.nn.functional.max_pool2d(patch.nan_to_num(-torch.inf), 3, stride=1, padding=1)
             patch[...] = torch.where(patch.isnan() & filled.isfinite(), 0.75 * filled, patch)
         return median.nan_to_num(0.0)
+
+    def _interpolated(self, images: torch.Tensor) -> torch.Tensor:
+        """Interpolate between the pixels that visits have, linearly along both axes; NaN far from them."""
+        step = self.sampling
+        # The pixel of the visit is centred at its fine pixel or, with an even step, half a pixel beyond it.
+        distance = torch.arange(step, -step - 1, -1, dtype=self.dtype, device=self.device)
+        row = (1.0 - (distance - 0.5 * ((step - 1) % 2)).abs() / step).clamp_min(0.0)
+        kernel = torch.outer(row, row)[None, None]
+        values, weights = (
+            torch.nn.functional.conv2d(image[:, None], kernel, padding=step)[:, 0]
+            for image in (images.nan_to_num(0.0), images.isfinite().to(self.dtype))
+        )
+        return torch.where(weights > 0.0, values / weights, torch.nan)
+
+    def without_gaps(self, statistics: SetStatistics) -> SetStatistics:
+        """Fill the coadds of sets between the pixels that visits have."""
+        if self.sampling == 1:
+            return statistics
+        seen = torch.where(statistics.sets.depth > 0, statistics.coadd, torch.nan)
+        return dataclasses.replace(statistics, coadd=self._interpolated(seen).nan_to_num(0.0))

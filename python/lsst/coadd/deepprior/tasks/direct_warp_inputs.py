@@ -277,7 +277,7 @@ def read_warps(
     assert quantum_id is not None
     geometry = patch_from_skymap(
         butlerQC.get(inputRefs.sky_map),
-        str(quantum_id["skymap"]),
+        str(inputRefs.sky_map.dataId["skymap"]),
         int(quantum_id["tract"]),
         int(quantum_id["patch"]),
         config.cell_size,

@@ -120,7 +120,7 @@ class PlotDeepPriorCoaddTask(PipelineTask):
         inputs = butlerQC.get(inputRefs)
         best = best_visit(inputs["metrics"])
         coadd = inputs["coadd"]
-        geometry = PatchGeometry(patch=coadd.patch, sky_projection=coadd.sky_projection)
+        geometry = self._warp_geometry(coadd)
         exposures = self.config.warp_form == "exposure"
         chosen = [
             handle
@@ -131,7 +131,15 @@ class PlotDeepPriorCoaddTask(PipelineTask):
             (warp,) = WarpHandles(chosen, lambda one: warp_from_exposure(one.get(), one.dataId, geometry))
         else:
             (warp,) = WarpHandles(chosen)
-        butlerQC.put(self.run(best_warp=warp, **inputs), outputRefs)
+        butlerQC.put(self.run(best_warp=self._shown_warp(warp), **inputs), outputRefs)
+
+    def _warp_geometry(self, coadd: CellCoadd) -> PatchGeometry:
+        """Return where the patch lies in the pixels of the warps."""
+        return PatchGeometry(patch=coadd.patch, sky_projection=coadd.sky_projection)
+
+    def _shown_warp(self, warp: Warp) -> Warp:
+        """Return a warp in the pixels of the coadd."""
+        return warp
 
     def run(
         self,

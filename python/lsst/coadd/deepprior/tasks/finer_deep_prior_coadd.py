@@ -1,0 +1,99 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""The task that restores a patch on finer pixels than its warps have."""
+
+from __future__ import annotations
+
+__all__ = ("FinerDeepPriorCoaddConfig", "FinerDeepPriorCoaddConnections", "FinerDeepPriorCoaddTask")
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lsst.pipe.base import NoWorkFound, Struct
+from lsst.pipe.base.connectionTypes import Input
+
+from ..finer_skymap_dataset import FINER_SKYMAP_DATASET_TYPE, FINER_SKYMAP_STORAGE_CLASS
+from ..finer_warps import FinerWarps
+from ..warps import Warp
+from .deep_prior_coadd import DeepPriorCoaddConfig, DeepPriorCoaddConnections, DeepPriorCoaddTask
+from .finer_inputs import FinerConfig, look_up_in_normal_skymap
+
+if TYPE_CHECKING:
+    from ..weights import TrainedNetwork
+
+
+class FinerDeepPriorCoaddConnections(
+    DeepPriorCoaddConnections, dimensions=("tract", "patch", "band", "skymap")
+):
+    """Inputs and outputs of `FinerDeepPriorCoaddTask`: the outputs have the finer skymap of the quantum."""
+
+    finer_skymap = Input(
+        doc="What deepprior finer-skymap has registered: the skymap has finer pixels than its warps.",
+        name=FINER_SKYMAP_DATASET_TYPE,
+        storageClass=FINER_SKYMAP_STORAGE_CLASS,
+        dimensions=("skymap",),
+    )
+
+    def __init__(self, *, config: FinerDeepPriorCoaddConfig) -> None:
+        super().__init__(config=config)
+        look_up_in_normal_skymap(self, config.oversampling)
+
+    def adjustQuantum(self, inputs: Any, outputs: Any, label: str, data_id: Any) -> Any:  # noqa: N802
+        """Leave out patches without warps, and skymaps that are finer by another factor."""
+        _, refs = inputs["direct_warps" if "direct_warps" in inputs else "warps"]
+        if not refs:
+            raise NoWorkFound(f"There are no warps for {data_id}.")
+        return super().adjustQuantum(inputs, outputs, label, data_id)
+
+
+class FinerDeepPriorCoaddConfig(
+    DeepPriorCoaddConfig, FinerConfig, pipelineConnections=FinerDeepPriorCoaddConnections
+):
+    """Configuration of `FinerDeepPriorCoaddTask`; what is in pixels is in pixels of the coadds."""
+
+
+class FinerDeepPriorCoaddTask(DeepPriorCoaddTask):
+    """Restore a patch on finer pixels than its warps have, for a skymap of its own."""
+
+    ConfigClass = FinerDeepPriorCoaddConfig
+    _DefaultName = "deepPriorCoadd"
+    config: FinerDeepPriorCoaddConfig
+
+    def run(
+        self,
+        *,
+        warps: Sequence[Warp],
+        network: TrainedNetwork | None = None,
+        n_threads: int = 1,
+        checkpoint: Path | None = None,
+    ) -> Struct:
+        """Restore a patch on finer pixels.
+
+        Parameters
+        ----------
+        warps : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.warps.Warp`]
+            Visits of one patch and band, on their own pixels.
+        network, n_threads, checkpoint
+            As those of `DeepPriorCoaddTask.run`.
+
+        Returns
+        -------
+        result : `lsst.pipe.base.Struct`
+            As that of `DeepPriorCoaddTask.run`, on finer pixels; the metadata of the coadds and the metrics
+            say how much finer, as ``oversampling``.
+        """
+        oversampling = self.config.oversampling
+        result = super().run(
+            warps=FinerWarps(warps, oversampling),
+            network=network,
+            n_threads=n_threads,
+            checkpoint=checkpoint,
+        )
+        for coadd in (result.coadd, result.residual):
+            coadd.metadata["oversampling"] = oversampling
+        result.metrics["oversampling"] = oversampling
+        return result
