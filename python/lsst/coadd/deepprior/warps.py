@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("InvalidWarpError", "Warp", "WarpInfo")
+__all__ = ("InvalidWarpError", "Warp", "WarpInfo", "psf_shapes")
 
 import dataclasses
 import functools
@@ -205,7 +205,7 @@ class Warp:
             band=self.band,
             day_obs=self.day_obs,
             bbox=self.bbox,
-            psf_shapes=_psf_shapes(self.psf_stamps),
+            psf_shapes=psf_shapes(self.psf_stamps),
             detectors=self.detectors or {0: Polygon.from_box(self.bbox)},
             aperture_corrections=self.aperture_corrections,
         )
@@ -370,8 +370,19 @@ def _cell_fraction(chosen: np.ndarray, bbox: Box, grid: CellGrid) -> np.ndarray:
     return pixels.reshape(size.i, grid.cell_shape.y, size.j, grid.cell_shape.x).mean(axis=(1, 3))
 
 
-def _psf_shapes(stamps: np.ndarray) -> np.ndarray:
-    """Measure the adaptive moments xx, yy, xy of PSF stamps, (cell_i, cell_j, k, k), in pixel^2."""
+def psf_shapes(stamps: np.ndarray) -> np.ndarray:
+    """Measure the adaptive moments of PSF stamps.
+
+    Parameters
+    ----------
+    stamps : `numpy.ndarray`, (cell_i, cell_j, k, k)
+        Stamps, NaN in cells without a PSF.
+
+    Returns
+    -------
+    shapes : `numpy.ndarray`, (cell_i, cell_j, 3)
+        Moments xx, yy, xy in pixel^2, NaN without a PSF and where the measurement failed.
+    """
     shapes = np.full(stamps.shape[:2] + (3,), np.nan)
     last_stamp, last_shape = None, shapes[0, 0]
     for index in np.ndindex(stamps.shape[:2]):

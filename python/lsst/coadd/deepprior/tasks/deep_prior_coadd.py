@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsst.coadd.deepprior import __version__
-from lsst.images.cells import CellGrid
+from lsst.images.cells import CellCoadd, CellGrid
 from lsst.pex.config import ChoiceField, Field, ListField, RangeField
 from lsst.pipe.base import (
     InputQuantizedConnection,
@@ -35,6 +35,7 @@ from ..fit_checkpoint import checkpoint_file
 from ..network_dataset import NETWORK_DATASET_TYPE, NETWORK_STORAGE_CLASS, network_from_dataset
 from ..psf import FWHM_PER_SIGMA
 from ..reading import in_turn
+from ..refined_psfs import refined_visits
 from ..warp_streams import WarpObservations, cell_layout
 from ..warps import Warp, WarpInfo
 from .direct_warp_inputs import DirectWarpConfig, DirectWarpConnections, read_warps
@@ -42,6 +43,7 @@ from .execution import restore_on_node
 from .geometry import pixel_scale, pixel_to_sky
 
 if TYPE_CHECKING:
+    from ..psf_refinement import PsfRefinement
     from ..restore import Restoration
     from ..weights import TrainedNetwork
 
@@ -75,6 +77,15 @@ class DeepPriorCoaddConnections(DirectWarpConnections, dimensions=("tract", "pat
         storageClass="ArrowAstropy",
         dimensions=("tract", "patch", "band", "skymap"),
     )
+    visit_psfs = Output(
+        doc="PSF of each visit as it was learned, with psf_mode = refine or blind: a one-visit cell coadd "
+        "that has the PSF, the projection and the provenance of the visit, and quality flags in its "
+        "metadata, but no pixels: all are NaN.",
+        name="deep_prior_visit_psf",
+        storageClass="CellCoadd",
+        dimensions=("tract", "patch", "skymap", "visit", "instrument"),
+        multiple=True,
+    )
     metrics = Output(
         doc="Numbers of the run: losses, PSFs, noise, times.",
         name="deep_prior_coadd_metrics",
@@ -86,6 +97,8 @@ class DeepPriorCoaddConnections(DirectWarpConnections, dimensions=("tract", "pat
         super().__init__(config=config)
         if not config.network_from_butler:
             del self.network
+        if config.psf_mode == "known":
+            del self.visit_psfs
 
 
 class DeepPriorCoaddConfig(
@@ -107,6 +120,18 @@ class DeepPriorCoaddConfig(
         doc="Whether the trained network is the dataset deep_prior_network of the input collections, and not "
         "the one that comes with the package.",
         default=False,
+    )
+    psf_mode = ChoiceField[str](
+        doc="What is known of the PSFs of the visits.",
+        default="known",
+        allowed={
+            "known": "The PSFs that come with the warps are taken as they are.",
+            "refine": "They are nearly right: a small correction of each is learned from the visits, and "
+            "with it the flux scale, the shift and the background of each visit relative to the others.",
+            "blind": "No more than the FWHM of each is near: the PSFs are learned from the visits, and the "
+            "rest as with refine. What the PSFs of all visits have in common needs stars in the patch, at "
+            "least 5 above a signal-to-noise ratio of 50.",
+        },
     )
     target_fwhm_arcsec = RangeField(
         dtype=float,
@@ -322,6 +347,11 @@ class DeepPriorCoaddTask(PipelineTask):
             n_threads=butlerQC.resources.num_cores,
             checkpoint=checkpoint,
         )
+        if self.config.psf_mode != "known":
+            # Visits that were left out have none.
+            visits = [tuple(psf.provenance.inputs[0][["instrument", "visit"]]) for psf in outputs.visit_psfs]
+            refs = {(ref.dataId["instrument"], ref.dataId["visit"]): ref for ref in outputRefs.visit_psfs}
+            outputRefs.visit_psfs = [refs[str(instrument), int(visit)] for instrument, visit in visits]
         butlerQC.put(outputs, outputRefs)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
@@ -351,8 +381,9 @@ class DeepPriorCoaddTask(PipelineTask):
         Returns
         -------
         result : `lsst.pipe.base.Struct`
-            ``coadd``, ``residual`` (`lsst.images.cells.CellCoadd`), ``outliers`` (`astropy.table.Table`) and
-            ``metrics`` (`dict`).
+            ``coadd``, ``residual`` (`lsst.images.cells.CellCoadd`), ``outliers`` (`astropy.table.Table`),
+            ``metrics`` (`dict`), and ``visit_psfs``, the PSFs that were learned (`list`
+            [`lsst.images.cells.CellCoadd`], empty with ``psf_mode = "known"``).
 
         Raises
         ------
@@ -412,7 +443,7 @@ class DeepPriorCoaddTask(PipelineTask):
         settings = RestoreSettings(
             target_fwhm=target_fwhm, **{name: getattr(self.config, name) for name in same}
         )
-        restoration, device = restore_on_node(
+        restoration, refinement, device = restore_on_node(
             self.config,
             self.log,
             label,
@@ -434,6 +465,10 @@ class DeepPriorCoaddTask(PipelineTask):
             "target_fwhm_arcsec": restoration.target_sigma * FWHM_PER_SIGMA * scale,
             **{name: value for name, value in dataclasses.asdict(settings).items() if value is not None},
         }
+        visit_psfs: list[CellCoadd] = []
+        if refinement is not None:
+            metadata["psf_mode"] = self.config.psf_mode
+            infos, visit_psfs = refined_visits(infos, refinement, patch, sky_projection, metadata)
         coadd, residual = make_coadds(
             restoration,
             infos,
@@ -462,11 +497,15 @@ class DeepPriorCoaddTask(PipelineTask):
             "left_out": left_out,
             "mask_fractions": mask_shares(coadd),
         }
+        if refinement is not None:
+            metrics["psf_refinement"] = self._describe_refinement(refinement, infos, label)
         metrics["seconds"] |= {"input": read_seconds, "task": time.monotonic() - started}
         self.metadata["n_warps_used"] = len(infos)
         self.metadata["n_warps_left_out"] = len(left_out)
         self.log.info("%s: restored in %.0f s.", label, metrics["seconds"]["task"])
-        return Struct(coadd=coadd, residual=residual, outliers=outliers, metrics=metrics)
+        return Struct(
+            coadd=coadd, residual=residual, outliers=outliers, metrics=metrics, visit_psfs=visit_psfs
+        )
 
     def _packaged_network(self) -> TrainedNetwork:
         """Read the network that comes with the package."""
@@ -476,6 +515,22 @@ class DeepPriorCoaddTask(PipelineTask):
             return packaged_network()
         except InvalidNetworkError as err:
             raise RuntimeError(f"{err} The configuration init = 'scratch' needs no network.") from err
+
+    def _describe_refinement(
+        self, refinement: PsfRefinement, infos: Sequence[WarpInfo], label: str
+    ) -> dict[str, Any]:
+        """Return the numbers of the PSFs that were learned, and warn where stars are missing."""
+        from ..psf_refinement import summary
+
+        numbers = summary(refinement, [info.label for info in infos])
+        if not refinement.anchored:
+            self.log.warning(
+                "%s: %d stars are too few to tell what the PSFs of all visits have in common; only how they "
+                "differ was refined.",
+                label,
+                numbers["n_candidates"],
+            )
+        return numbers
 
     def _describe_start(
         self, network: TrainedNetwork | None, restoration: Restoration, label: str

@@ -26,6 +26,7 @@ from ..progress import ProgressLines
 
 if TYPE_CHECKING:
     from ..operators import CellLayout
+    from ..psf_refinement import PsfRefinement
     from ..restore import Restoration, RestoreSettings
     from ..weights import TrainedNetwork
     from .deep_prior_coadd import DeepPriorCoaddConfig
@@ -40,8 +41,10 @@ def restore_on_node(
     settings: RestoreSettings,
     network: TrainedNetwork | None,
     checkpoint: Path | None,
-) -> tuple[Restoration, str]:
+) -> tuple[Restoration, PsfRefinement | None, str]:
     """Choose a device and restore a patch on it, or on the CPU if the memory of the device does not suffice.
+
+    PSFs that are not known are learned before, on the same device.
 
     Parameters
     ----------
@@ -60,6 +63,8 @@ def restore_on_node(
     -------
     restoration : `~lsst.coadd.deepprior.restore.Restoration`
         The restored patch.
+    refinement : `~lsst.coadd.deepprior.psf_refinement.PsfRefinement` or `None`
+        The PSFs that were learned, if any.
     device : `str`
         Where it was restored.
 
@@ -73,6 +78,7 @@ def restore_on_node(
 
     from ..batches import Batches
     from ..parallel import keep_freed_memory
+    from ..psf_refinement import CorrectedObservations, refine_psfs
     from ..restore import restore
 
     warn = partial(log.warning, "%s: %s.", label)
@@ -80,26 +86,39 @@ def restore_on_node(
     log.info("%s: computing on %s.", label, device)
     if device != "cpu":
         torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction, device)
-    restore_on = partial(
-        restore,
-        observations,
-        layout,
-        settings,
-        network=network,
-        progress=ProgressLines(lambda line: log.info("%s, %s.", label, line)),
-        checkpoint=_open_checkpoint(config, log, observations, settings, checkpoint),
-        batches=Batches(warn),
-    )
+    progress = ProgressLines(lambda line: log.info("%s, %s.", label, line))
+    # The state of a fit belongs to the visits as they are: PSFs that are learned again differ in rounding.
+    kept = _open_checkpoint(config, log, observations, settings, checkpoint)
+
+    def restore_on(device: str) -> tuple[Restoration, PsfRefinement | None, str]:
+        visits, refinement = observations, None
+        if config.psf_mode != "known":
+            refinement = refine_psfs(
+                observations, layout, blind=config.psf_mode == "blind", device=device, progress=progress
+            )
+            visits = CorrectedObservations(observations, refinement)
+        restoration = restore(
+            visits,
+            layout,
+            settings,
+            network=network,
+            device=device,
+            progress=progress,
+            checkpoint=kept,
+            batches=Batches(warn),
+        )
+        return restoration, refinement, device
+
     keep_freed_memory()
     try:
-        return restore_on(device=device), device
+        return restore_on(device)
     except torch.OutOfMemoryError as err:
         if device == "cpu" or not config.cpu_fallback:
             raise
         warn(f"the memory of {device} does not suffice; going on on the CPU ({err})")
     # Behind the handler, where nothing refers to what the failed restoration has allocated.
     torch.cuda.empty_cache()
-    return restore_on(device="cpu"), "cpu"
+    return restore_on("cpu")
 
 
 def _open_checkpoint(
@@ -117,6 +136,8 @@ def _open_checkpoint(
         "inputs": inputs_digest(observations),
         "deepprior_version": __version__,
     }
+    if config.psf_mode != "known":
+        facts["psf_mode"] = config.psf_mode
     try:
         return FitCheckpoint(path, config.checkpoint_every, facts, log)
     except OSError as err:
