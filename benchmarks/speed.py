@@ -67,7 +67,7 @@ def repository(size: int, n_visits: int) -> Path:
             psf_fwhm_change=0.05,
             psf_ellipticity_change=0.02,
         )
-        folder, part = CACHE / f"warps-{size}-{n_visits}", repo.with_suffix(".part")
+        folder, part = CACHE / f"warps-{size}-{n_visits}", repo.with_name(f"unfinished-{repo.name}")
         for old in (folder, part):
             shutil.rmtree(old, ignore_errors=True)
         report(f"simulating {config.n_visits} visits of {size}x{size} pixels")
