@@ -5,8 +5,9 @@
 
 """How fast and how large is a quantum? Runs the real pipeline, times its phases, and writes ``speed.md``.
 
-Patches of simulated visits, whose PSFs change from cell to cell, are restored by ``pipetask run`` from a Butler
-repository on disk, one quantum at a time in a process of its own, and by other methods on the same visits.
+Patches of simulated visits, whose PSFs change from cell to cell, are restored by ``pipetask run`` from a
+Butler repository on disk, one quantum at a time in a process of its own, and by other methods on the same
+visits.
 What was measured is kept in ``benchmarks/.cache`` and done again only where code has changed; the table holds
 what was measured with the present code, and says "not run" of the rest. ``speed_parts`` measures what no
 quantum shows: single steps, their growth, start-up, and bare reading and writing.
@@ -66,7 +67,7 @@ def repository(size: int, n_visits: int) -> Path:
             psf_fwhm_change=0.05,
             psf_ellipticity_change=0.02,
         )
-        folder, part = CACHE / f"warps-{size}-{n_visits}", repo.with_suffix(".part")
+        folder, part = CACHE / f"warps-{size}-{n_visits}", repo.with_name(f"unfinished-{repo.name}")
         for old in (folder, part):
             shutil.rmtree(old, ignore_errors=True)
         report(f"simulating {config.n_visits} visits of {size}x{size} pixels")

@@ -197,7 +197,7 @@ def achieved(device: str) -> dict[str, Any]:
 
 
 def start_up() -> dict[str, float]:
-    """Return median CPU seconds of imports, in turns, and of those of our tasks over what must be imported."""
+    """Return median CPU seconds of imports, in turns: of what must be imported, and of our tasks."""
     rows = []
     for _ in range(REPEATS):
         row = []

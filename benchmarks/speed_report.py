@@ -248,21 +248,21 @@ def make(cache: Path, version: str, processor: str) -> str:
     lines = [
         "# Speed and memory",
         "",
-        f"`python benchmarks/speed.py`, {datetime.date.today().isoformat()}, code {version}, on {processor}, "
-        "two cores that other work shared: the column *load* is the number of processes that wanted to run, so "
-        "that times are too long by about half of it, while CPU seconds and memory are not. Several runs take "
-        "turns with other methods, and their median is shown.",
+        f"`python benchmarks/speed.py`, {datetime.date.today().isoformat()}, code {version}, on two cores of "
+        f"{processor} that other work shared: *load* is the number of processes that wanted to run. It makes "
+        "seconds longer, CPU seconds little and memory not. Several runs take turns with other methods, and "
+        "their median is shown.",
         "",
         "## What is to be reached",
         "",
         *_targets(found),
         "## Quanta, from Butler to Butler, in seconds by phase",
         "",
-        "*read*: the first reading of all warps; *statistics*: weights, kernels and sensitivity; *base*: maximum "
-        "likelihood; *fit*: inference or fit, data steps and points; *coadd*: residual coadd and outliers; "
-        "*noise*: four noise realisations; *psf*: the restoration with injected stars; *write*: storing of the "
-        "outputs; *other*: what is between them. Visits are 0.2 arcsec pixels with PSFs that change from cell to "
-        "cell; beyond 16 they repeat.",
+        "*read*: the first reading of all warps; *statistics*: weights, kernels and sensitivity; *base*: "
+        "maximum likelihood; *fit*: inference or fit, data steps and points; *coadd*: residual coadd and "
+        "outliers; *noise*: four noise realisations; *psf*: the restoration with injected stars; *write*: "
+        "storing of the outputs; *other*: what is between them. PSFs change from cell to cell; beyond 16 "
+        "visits they repeat.",
         "",
         *_quanta(found),
         "## Other methods on the same visits, which are in memory",

@@ -11,6 +11,7 @@ import scipy.signal
 import torch
 from toy import observe
 
+from lsst.coadd.deepprior import operators
 from lsst.coadd.deepprior.operators import CellConvolution, CellLayout, gram_kernels
 from lsst.coadd.deepprior.statistics import PatchData
 
@@ -149,3 +150,59 @@ def test_bad_input_is_refused() -> None:
         CellConvolution(torch.ones(2, 2, 5, 5), layout, 2).forward(torch.ones(20, 20))
     with pytest.raises(ValueError, match="at least one"):
         CellLayout(0, 1, 10, 10)
+
+
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of tiles that overlap are added up in the same order on any number of threads."""
+    layout = CellLayout(5, 4, 13, 11)
+    generator = torch.Generator().manual_seed(11)
+    operator = CellConvolution(torch.rand(5, 4, 9, 9, generator=generator), layout, 6)
+    u = torch.rand(2, *operator.shape, generator=generator)
+    monkeypatch.setattr(operators, "_tiles_at_once", lambda n_pixels, like: 2)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for n_threads in (1, 3, 3):
+            torch.set_num_threads(n_threads)
+            results.append((operator.forward(u), operator.adjoint(u)))
+            assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
+    for one, three, again in zip(*results, strict=True):
+        assert torch.equal(three, again)
+        torch.testing.assert_close(one, three, rtol=1e-6, atol=1e-6)
+
+
+def test_blocks_of_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tile at a time, and several rows of tiles at once as on a GPU."""
+    layout = CellLayout(4, 3, 12, 9)
+    generator = torch.Generator().manual_seed(12)
+    kernels = torch.rand(4, 3, 7, 7, generator=generator, dtype=torch.float64)
+    u = torch.rand(layout.canvas_shape(5), generator=generator, dtype=torch.float64)
+    operator = CellConvolution(kernels, layout, 5)
+    expected = operator.forward(u), operator.adjoint(u)
+    for at_once in (1, 2, 6, 100):
+        monkeypatch.setattr(operators, "_tiles_at_once", lambda n_pixels, like, at_once=at_once: at_once)
+        torch.testing.assert_close(operator.forward(u), expected[0])
+        torch.testing.assert_close(operator.adjoint(u), expected[1])
+
+
+def test_cells_that_are_not_used_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Used cells get what they get of the whole, and give it back."""
+    layout, margin = CellLayout(4, 5, 14, 12), 5
+    generator = torch.Generator().manual_seed(13)
+    kernels = torch.rand(4, 5, 7, 7, generator=generator, dtype=torch.float64)
+    used = np.zeros((4, 5), dtype=bool)
+    used[1, 1] = used[3, 4] = True
+    weight = torch.zeros(layout.canvas_shape(margin), dtype=torch.float64)
+    weight[margin + 14 : margin + 28, margin + 12 : margin + 24] = 1.0
+    weight[margin + 42 : margin + 56, margin + 48 : margin + 60] = 1.0
+    u, y = torch.rand(2, *weight.shape, generator=generator, dtype=torch.float64)
+    whole, part = CellConvolution(kernels, layout, margin), CellConvolution(kernels, layout, margin, used)
+    torch.testing.assert_close(part.forward(u) * weight, whole.forward(u) * weight)
+    torch.testing.assert_close(part.adjoint(y * weight), whole.adjoint(y * weight))
+    monkeypatch.setattr(operators, "_tiles_at_once", lambda n_pixels, like: 1)
+    torch.testing.assert_close(part.forward(u) * weight, whole.forward(u) * weight)
+    corner = np.s_[: margin + 7, -margin - 6 :]
+    assert not bool(part.forward(u)[corner].any())
+    assert bool(whole.forward(u)[corner].all())

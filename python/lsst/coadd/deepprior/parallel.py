@@ -55,7 +55,7 @@ def in_parallel[T](function: Callable[[T], None], parts: Sequence[T], like: torc
         future.result()
 
 
-def by_rows(function: Callable[..., None], *images: torch.Tensor) -> None:
+def by_rows(function: Callable[..., object], *images: torch.Tensor) -> None:
     """Call a function for blocks of rows of images, of a size that a cache holds, which are not copied.
 
     Parameters

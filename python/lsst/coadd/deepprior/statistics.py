@@ -48,6 +48,7 @@ import torch.nn.functional
 from .groups import deal_groups, lower_median, median_of
 from .observation import Observation
 from .operators import CellConvolution, CellLayout, gram_kernels
+from .parallel import by_rows
 from .psf import data_kernel
 from .reading import in_turn
 
@@ -152,6 +153,28 @@ def set_products(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(one, other, strict=True)])
 
 
+def _scale(variance: torch.Tensor, prediction: torch.Tensor, error: float) -> torch.Tensor:
+    """Return the standard deviation of pixels with a relative error of their prediction."""
+    return torch.mul(prediction, error).square_().add_(variance).sqrt_()
+
+
+def _weigh(
+    prediction: torch.Tensor, clipped: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+) -> None:
+    """Weigh prediction and clipped residual; the residual becomes that of Huber's function."""
+    residual.sub_(clipped, alpha=0.5)
+    clipped *= weight
+    prediction *= weight
+
+
+def _add(total: torch.Tensor, chosen: torch.Tensor, values: torch.Tensor) -> None:
+    """Add images to those of some sets."""
+    if len(chosen) == len(total):
+        by_rows(torch.Tensor.add_, total, values)
+    else:
+        total[chosen] += values
+
+
 class StatisticsSums:
     """Sums over visits that `SetStatistics` are made of.
 
@@ -189,15 +212,13 @@ class StatisticsSums:
         prediction, clipped, residual : `torch.Tensor`, (chosen, y, x)
             Model at the PSF of the visit, clipped residual and residual, in nJy; they are overwritten.
         """
-        residual.sub_(clipped, alpha=0.5)
-        clipped *= visit.weight
-        prediction *= visit.weight
+        by_rows(_weigh, prediction, clipped, residual, visit.weight)
         self._objective[chosen] += set_products(residual, clipped)
-        self._weighted[chosen] += prediction
-        self._weighted[chosen] += clipped
-        self._adjoint[0, chosen] += visit.kernel.adjoint(clipped)
+        torch.add(prediction, clipped, out=residual)
+        _add(self._weighted, chosen, residual)
+        _add(self._adjoint[0], chosen, visit.kernel.adjoint(clipped))
         if self._with_coverage:
-            self._adjoint[1, chosen] += visit.kernel.adjoint(prediction)
+            _add(self._adjoint[1], chosen, visit.kernel.adjoint(prediction))
 
     def statistics(
         self, sets: VisitSets, models: torch.Tensor, coverage: torch.Tensor | None
@@ -463,7 +484,7 @@ class PatchData:
     ) -> torch.Tensor:
         """Return the standard deviation s of a pixel: its noise and the error of its PSF (nJy)."""
         error = self.psf_error if psf_error is None else psf_error
-        return torch.mul(prediction, error).square_().add_(visit.variance).sqrt_()
+        return _scale(visit.variance, prediction, error)
 
     def _sum_gram(self) -> torch.Tensor:
         """Add up the kernels of ``K^T w K`` of the visits of every group (group, i, j, k, k)."""
@@ -590,14 +611,26 @@ class PatchData:
         if self._statistics is not None:
             return self._statistics
         sums = StatisticsSums(models, with_coverage=coverage is None)
+        error = self.psf_error if psf_error is None else psf_error
+
+        def clip(
+            prediction: torch.Tensor,
+            flux: torch.Tensor,
+            variance: torch.Tensor,
+            residual: torch.Tensor,
+            clipped: torch.Tensor,
+        ) -> None:
+            limit = _scale(variance, prediction, error).mul_(self.huber_delta)
+            torch.sub(flux, prediction, out=residual)
+            torch.clamp(residual, -limit, limit, out=clipped)
+
         for index, visit in self.visits():
             chosen = self._sets_of(sets.members, index)
             if len(chosen) == 0:
                 continue
             prediction = visit.kernel.forward(models if len(chosen) == len(models) else models[chosen])
-            limit = self.scale(visit, prediction, psf_error).mul_(self.huber_delta)
-            residual = visit.flux - prediction
-            clipped = torch.clamp(residual, -limit, limit)
+            residual, clipped = torch.empty_like(prediction), torch.empty_like(prediction)
+            by_rows(clip, prediction, visit.flux, visit.variance, residual, clipped)
             sums.add(visit, chosen, prediction, clipped, residual)
         return self.without_gaps(sums.statistics(sets, models, coverage))
 

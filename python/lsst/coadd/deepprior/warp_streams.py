@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
-__all__ = ("WarpHandles", "WarpObservations", "cell_layout")
+__all__ = ("WarpHandles", "WarpObservations", "cell_layout", "default_cache_bytes")
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, overload
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 def _read_cell_coadd(handle: DeferredDatasetHandle | InMemoryDatasetHandle) -> Warp:
     return Warp.from_cell_coadd(handle.get())
+
+
+_LARGEST_CACHE = 4 * 2**30
+"""Largest cache in bytes unless one is asked for: with it a Rubin patch takes less than 10 GB."""
 
 
 class WarpHandles(StoredSequence[Warp]):
@@ -141,3 +146,21 @@ def cell_layout(cells: CellGrid) -> CellLayout:
     from .operators import CellLayout
 
     return CellLayout(cells.grid_size.i, cells.grid_size.j, cells.cell_shape.y, cells.cell_shape.x)
+
+
+def default_cache_bytes(memory_bytes: float | None = None) -> float:
+    """Return how much of the pixels of warps is kept unless the configuration says it.
+
+    Parameters
+    ----------
+    memory_bytes : `float`, optional
+        Memory that may be taken; by default that of the machine.
+
+    Returns
+    -------
+    cache_bytes : `float`
+        A quarter of the memory, at most 4 GiB.
+    """
+    if memory_bytes is None:
+        memory_bytes = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(0.25 * memory_bytes, _LARGEST_CACHE)

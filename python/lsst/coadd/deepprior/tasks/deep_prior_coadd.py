@@ -35,8 +35,12 @@ from ..fit_checkpoint import checkpoint_file
 from ..network_dataset import NETWORK_DATASET_TYPE, NETWORK_STORAGE_CLASS, network_from_dataset
 from ..psf import FWHM_PER_SIGMA
 from ..reading import in_turn
+<<<<<<< HEAD
 from ..refined_psfs import refined_visits
 from ..warp_streams import WarpObservations, cell_layout
+=======
+from ..warp_streams import WarpObservations, cell_layout, default_cache_bytes
+>>>>>>> d7547d94e2147ef1b259df236d25b4dca04cdfc2
 from ..warps import Warp, WarpInfo
 from .direct_warp_inputs import DirectWarpConfig, DirectWarpConnections, read_warps
 from .execution import restore_on_node
@@ -297,8 +301,11 @@ class DeepPriorCoaddConfig(
     cache_gib = RangeField(
         dtype=float,
         doc="Memory in GiB that pixels of warps may take between two passes over the visits. Warps that do "
-        "not fit are read again in each pass, so that any number of visits can be restored.",
-        default=4.0,
+        "not fit are read again in each pass, so that any number of visits can be restored. Without a number "
+        "it is a quarter of the memory that the quantum may take (that of the machine unless pipetask says "
+        "otherwise), and at most 4 GiB, which hold 40 visits of a patch of 3400 pixels.",
+        default=None,
+        optional=True,
         min=0.0,
     )
 
@@ -345,6 +352,7 @@ class DeepPriorCoaddTask(PipelineTask):
             warps=read_warps(butlerQC, inputRefs, self.config, self.log),
             network=network,
             n_threads=butlerQC.resources.num_cores,
+            memory_bytes=butlerQC.resources.max_mem.to_value("byte") if butlerQC.resources.max_mem else None,
             checkpoint=checkpoint,
         )
         if self.config.psf_mode != "known":
@@ -362,6 +370,7 @@ class DeepPriorCoaddTask(PipelineTask):
         warps: Sequence[Warp],
         network: TrainedNetwork | None = None,
         n_threads: int = 1,
+        memory_bytes: float | None = None,
         checkpoint: Path | None = None,
     ) -> Struct:
         """Restore a patch.
@@ -375,6 +384,8 @@ class DeepPriorCoaddTask(PipelineTask):
             What the pretrained start uses instead of the network that comes with the package.
         n_threads : `int`, optional
             Number of threads to compute with on the CPU.
+        memory_bytes : `float`, optional
+            Memory that the task may take, where it is less than that of the machine.
         checkpoint : `~pathlib.Path`, optional
             File that a fit keeps its state in, and goes on from if it is there.
 
@@ -404,7 +415,9 @@ class DeepPriorCoaddTask(PipelineTask):
             network = None
         elif network is None:
             network = self._packaged_network()
-        observations = WarpObservations(warps, self.config.bad_mask_planes, self.config.cache_gib * 2**30)
+        cache = self.config.cache_gib
+        cache_bytes = default_cache_bytes(memory_bytes) if cache is None else cache * 2**30
+        observations = WarpObservations(warps, self.config.bad_mask_planes, cache_bytes)
         infos: list[WarpInfo] = []
         left_out: list[str] = []
         planes: InputPlanes | None = None
