@@ -35,12 +35,8 @@ from ..fit_checkpoint import checkpoint_file
 from ..network_dataset import NETWORK_DATASET_TYPE, NETWORK_STORAGE_CLASS, network_from_dataset
 from ..psf import FWHM_PER_SIGMA
 from ..reading import in_turn
-<<<<<<< HEAD
 from ..refined_psfs import refined_visits
-from ..warp_streams import WarpObservations, cell_layout
-=======
 from ..warp_streams import WarpObservations, cell_layout, default_cache_bytes
->>>>>>> d7547d94e2147ef1b259df236d25b4dca04cdfc2
 from ..warps import Warp, WarpInfo
 from .direct_warp_inputs import DirectWarpConfig, DirectWarpConnections, read_warps
 from .execution import restore_on_node
