@@ -66,9 +66,13 @@ def test_what_is_in_memory_needs_no_thread() -> None:
 @pytest.mark.parametrize("order", [[99], [1, 99, 2]])
 def test_an_error_comes_where_its_item_would(order: list[int]) -> None:
     seen = []
-    with pytest.raises(OSError, match="no such item"):
+
+    def read() -> None:
         for index, _ in read_ahead(Store(4), order):
             seen.append(index)
+
+    with pytest.raises(OSError, match="no such item"):
+        read()
     assert seen == order[: order.index(99)]
 
 

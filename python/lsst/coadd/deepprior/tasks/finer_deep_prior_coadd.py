@@ -69,6 +69,7 @@ class FinerDeepPriorCoaddTask(DeepPriorCoaddTask):
         warps: Sequence[Warp],
         network: TrainedNetwork | None = None,
         n_threads: int = 1,
+        memory_bytes: float | None = None,
         checkpoint: Path | None = None,
     ) -> Struct:
         """Restore a patch on finer pixels.
@@ -77,7 +78,7 @@ class FinerDeepPriorCoaddTask(DeepPriorCoaddTask):
         ----------
         warps : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.warps.Warp`]
             Visits of one patch and band, on their own pixels.
-        network, n_threads, checkpoint
+        network, n_threads, memory_bytes, checkpoint
             As those of `DeepPriorCoaddTask.run`.
 
         Returns
@@ -91,6 +92,7 @@ class FinerDeepPriorCoaddTask(DeepPriorCoaddTask):
             warps=FinerWarps(warps, oversampling),
             network=network,
             n_threads=n_threads,
+            memory_bytes=memory_bytes,
             checkpoint=checkpoint,
         )
         for coadd in (result.coadd, result.residual):
