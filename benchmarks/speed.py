@@ -53,6 +53,9 @@ MODULES = ("restore", "weights", "warp_streams", "coadd", "execution", "deep_pri
 
 ALONE = ("speed_peer", "speed_parts")
 
+PARTS_PATCH = (1024, 8)
+"""Size and number of visits of the patch of `speed_parts`."""
+
 
 def repository(size: int, n_visits: int) -> Path:
     """Return a repository with warps of a patch of some size, simulated if it is not there."""
@@ -202,11 +205,16 @@ def main(  # noqa: D103
                 )
                 write()
     for device in devices or ("cpu",):
+        # Its outputs are written again.
+        parts = (*PARTS_PATCH, "pretrained", device, cores, 0)
+        kept("quantum", now, parts, lambda parts=parts: quantum(*parts[:5]))
         kept(
             "parts",
             now,
             (device, cores),
-            lambda device=device: script("speed_parts.py", repository(1024, 8), device, cores, cores=cores),
+            lambda device=device: script(
+                "speed_parts.py", repository(*PARTS_PATCH), device, cores, cores=cores
+            ),
         )
     write()
     click.echo(f"{output} is written.")

@@ -65,15 +65,11 @@ def test_what_is_in_memory_needs_no_thread() -> None:
 
 @pytest.mark.parametrize("order", [[99], [1, 99, 2]])
 def test_an_error_comes_where_its_item_would(order: list[int]) -> None:
-    seen = []
-
-    def read() -> None:
-        for index, _ in read_ahead(Store(4), order):
-            seen.append(index)
-
+    items = read_ahead(Store(4), order)
+    for index in order[: order.index(99)]:
+        assert next(items)[0] == index
     with pytest.raises(OSError, match="no such item"):
-        read()
-    assert seen == order[: order.index(99)]
+        next(items)
 
 
 def test_a_loop_that_ends_early_leaves_no_thread() -> None:

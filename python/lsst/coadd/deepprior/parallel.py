@@ -11,18 +11,22 @@ torch would wait thousands of times, each time for a core that others may have.
 
 from __future__ import annotations
 
-__all__ = ("by_rows", "in_parallel", "keep_freed_memory")
+__all__ = ("by_rows", "in_parallel", "keep_freed_memory", "operations_in_parallel", "use_threads")
 
+import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Parameters of glibc's ``mallopt``."""
+
+_asked: list[int] = []
+"""Number of threads of `use_threads`, if it was called."""
 
 _BLOCK_PIXELS = 2**17
 """Number of pixels of a block of rows."""
@@ -41,7 +45,7 @@ def in_parallel[T](function: Callable[[T], None], parts: Sequence[T], like: torc
         A tensor of the computation; elsewhere than on a CPU, or where it has a gradient, parts come one by
         one.
     """
-    n_threads = torch.get_num_threads()
+    n_threads = _asked[-1] if _asked else torch.get_num_threads()
     if n_threads == 1 or len(parts) == 1 or like.device.type != "cpu" or like.requires_grad:
         for part in parts:
             function(part)
@@ -53,6 +57,29 @@ def in_parallel[T](function: Callable[[T], None], parts: Sequence[T], like: torc
 
     for future in [_threads(n_threads, os.getpid()).submit(one, part) for part in parts]:
         future.result()
+
+
+def use_threads(n_threads: int) -> None:
+    """Give some threads to large pieces, and one to the single operations of torch.
+
+    Parameters
+    ----------
+    n_threads : `int`
+        Number of threads.
+    """
+    _asked[:] = [n_threads]
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def operations_in_parallel() -> Iterator[None]:
+    """Give the threads of `use_threads` to the single operations of torch instead, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(_asked[-1] if _asked else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def by_rows(function: Callable[..., object], *images: torch.Tensor) -> None:
@@ -80,11 +107,12 @@ def by_rows(function: Callable[..., object], *images: torch.Tensor) -> None:
 @functools.lru_cache(maxsize=1)
 def _threads(n_threads: int, process: int) -> ThreadPoolExecutor:
     """Return threads in which torch's operations are not divided further."""
+    before = torch.get_num_threads()
     pool = ThreadPoolExecutor(n_threads, "deepprior", initializer=torch.set_num_threads, initargs=(1,))
     for future in [pool.submit(torch.get_num_threads) for _ in range(4 * n_threads)]:
         future.result()
     # The last call counts for threads that begin later.
-    torch.set_num_threads(n_threads)
+    torch.set_num_threads(before)
     return pool
 
 

@@ -20,6 +20,7 @@ from .batches import Batches
 from .fit import N_TURNS, SplitLoss, WeightAverage, load_weights_state, make_trunk, one_cycle, weights_state
 from .groups import deal_splits
 from .network import Trunk
+from .parallel import operations_in_parallel
 from .statistics import PatchData
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def fit_scratch(
         generator.set_state(stored["generator"])
         order = stored["order"].tolist()
         curve = [(int(step), value) for step, value in stored["curve"].tolist()]
-    with checkpoint.guard() if checkpoint is not None else contextlib.nullcontext():
+    guard = checkpoint.guard() if checkpoint is not None else contextlib.nullcontext()
+    with guard, operations_in_parallel():
         for step in range(first, settings.steps):
             if step % settings.refresh_every == 0:
                 refresh(step)

@@ -401,9 +401,8 @@ class DeepPriorCoaddTask(PipelineTask):
             is asked for, the network that comes with the package is missing or damaged, or the checkpoint is
             of other inputs or settings.
         """
-        import torch
-
         from ..outliers import outlier_table
+        from ..parallel import use_threads
         from ..restore import RestoreSettings
 
         started = time.monotonic()
@@ -443,7 +442,7 @@ class DeepPriorCoaddTask(PipelineTask):
         frame = sky_projection.pixel_frame
         label = f"tract {frame.tract}, patch {patch.id}, {band} band"
         self.log.info("%s: restoring from %d of %d warps.", label, len(infos), len(warps))
-        torch.set_num_threads(n_threads)
+        use_threads(n_threads)
         scale = pixel_scale(sky_projection, patch.cells.bbox)
         target_fwhm = self.config.target_fwhm_pixels
         if self.config.target_fwhm_arcsec is not None:
