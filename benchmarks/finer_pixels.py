@@ -171,15 +171,9 @@ def report() -> str:
                 ]
             if family.target is not None:
                 lines += [
-                    (
-                        "rebinned - normal where it is lit, rms / (noise and 1 % of the light)",
-                        "",
-                        ".2f",
-                        "rms",
-                        0,
-                    ),
-                    ("the same in the sky", "", ".3f", "rms", 1),
-                    ("the same, largest", "", ".1f", "largest", None),
+                    ("rebinned - normal where it is lit, rms / noise", "", ".2f", "rms", 0),
+                    ("rebinned - normal in the sky, rms / noise", "", ".3f", "rms", 1),
+                    ("rebinned - normal, largest / noise", "", ".1f", "largest", None),
                     ("light where it is lit, rebinned / normal", "", ".2%", "lit_light", None),
                 ]
             for title, limit, form, key, part in lines:

@@ -365,7 +365,8 @@ def test_rebinned_image_is_the_normal_one(oversampling: int) -> None:
     noise = normal.metrics["noise"]["coadd_sigma_nJy"]
     difference = (rebinned - same) / noise
     assert np.sqrt((difference**2).mean()) < 0.5
-    assert rebinned.sum() == pytest.approx(same.sum(), rel=0.01)
+    # Maximum likelihood has the noise of the sky in it, which is not negative.
+    assert rebinned.sum() == pytest.approx(same.sum(), rel=0.01 if network is not None else 0.03)
     # No pattern on the scale of the visits' pixels.
     phases = [
         fine.image[dy::oversampling, dx::oversampling].mean() for dy, dx in np.ndindex(*(oversampling,) * 2)
