@@ -43,6 +43,7 @@ from .psf import StarFit, fit_star, gaussian_stamp, shift_stamp, target_sigma
 from .psf_basis import (
     BACKGROUND,
     FLUX,
+    NOTHING,
     SHIFT_X,
     SHIFT_Y,
     PsfBasis,
@@ -59,7 +60,7 @@ MIN_STARS = 5
 MIN_SNR = 50.0
 """Their least signal-to-noise ratio in all visits together."""
 
-_PSF_ERRORS = {False: (0.1, 0.05, 0.03, 0.02, 0.02), True: (0.3, 0.1, 0.05, 0.03, 0.02, 0.02, 0.02)}
+_PSF_ERRORS = {False: (0.1, 0.05, 0.03, 0.02, 0.01, 0.01), True: (0.3, 0.1, 0.05, 0.03, 0.02, 0.01, 0.01)}
 """Relative error that is granted to PSFs in the passes, for given PSFs and for guesses."""
 
 _REACH = 1.75
@@ -85,6 +86,9 @@ _HUBER = 3.0
 
 _OUTLIER = 4.0
 """Significance of the residuals at the seeing from which pixels are left out, as are those around them."""
+
+_INFORMED = 1.0 / 3.0
+"""Largest error of a shape parameter, over the width of its prior, with which other light is trusted."""
 
 _PRIOR_STEPS = 8
 """Steps in which the widths of the prior are learned."""
@@ -298,8 +302,11 @@ def refine_psfs(
             CorrectedObservations(observations, result), layout, sigma, psf_error=psf_error, device=device
         )
         sky = _Sky(data, basis, base_steps)
+        if result.anchored and not sky.anchored:
+            # Stars that fail the stricter test of a later pass were good enough for the one before.
+            break
         equations = [_visit_equations(sky, index) for index in range(n_visits)]
-        step, covariance = _solve(equations, total, basis.prior(blind), sky.anchored)
+        step, covariance = _solve(equations, total, basis.prior(blind, sky.anchored), sky.anchored)
         shape = np.clip(step[:, basis.shape.start :], -_LARGEST_STEP, _LARGEST_STEP)
         step[:, basis.shape.start :] = shape
         total += step
@@ -643,6 +650,7 @@ def _solve(
     present = [one for one in equations if one is not None]
     width = start.copy()
     held = start > 0.0
+    known = np.ones(n, dtype=bool)
     for _ in range(_PRIOR_STEPS):
         precision = np.zeros(n)
         precision[held] = width[held] ** -2.0
@@ -662,10 +670,13 @@ def _solve(
             step[k] = inverse @ (own_right + one.cross @ common)
             spread = inverse @ one.cross
             covariance[k] = inverse + spread @ schur_inverse @ spread.T
+        if not anchored:
+            # What other light hardly tells is left as it is.
+            error = np.median(np.sqrt(np.diagonal(covariance[used], axis1=1, axis2=2)), axis=0)
+            known &= (np.arange(n) <= BACKGROUND) | (error < _INFORMED * start)
         moved = total[used] + step[used]
-        width = np.sqrt(np.mean(moved**2 + np.diagonal(covariance[used], axis1=1, axis2=2), axis=0)).clip(
-            1e-5, np.maximum(start, 1e-5)
-        )
+        width = np.sqrt(np.mean(moved**2 + np.diagonal(covariance[used], axis1=1, axis2=2), axis=0))
+        width = np.where(known, np.clip(width, NOTHING, np.maximum(start, NOTHING)), NOTHING)
     fixed = np.ones(n, dtype=bool)
     if anchored:
         fixed[BACKGROUND + 1 :] = False
