@@ -60,7 +60,7 @@ MIN_STARS = 5
 MIN_SNR = 50.0
 """Their least signal-to-noise ratio in all visits together."""
 
-_PSF_ERRORS = {False: (0.1, 0.05, 0.03, 0.02, 0.01, 0.01), True: (0.3, 0.1, 0.05, 0.03, 0.02, 0.01, 0.01)}
+_PSF_ERRORS = {False: (0.1, 0.05, 0.03, 0.02, 0.01, 0.01), True: (0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01)}
 """Relative error that is granted to PSFs in the passes, for given PSFs and for guesses."""
 
 _REACH = 1.75
@@ -510,14 +510,21 @@ class _Sky:
         scale = torch.hypot(self.data.scale(visit, star), _SKY_ERROR * other)
         deviation = residual / scale
         weight = (_HUBER / deviation.abs().clamp_min(1e-30)).clamp_max(1.0) / scale.square()
-        stamp = gaussian_stamp(self.basis.sigma)
-        granted = self.data.scale(visit, prediction, max(self.data.psf_error, _OUTLIER_PSF_ERROR))
-        kernel = torch.as_tensor(stamp / math.sqrt(np.sum(stamp**2)), dtype=residual.dtype)[None, None]
-        smooth = torch.nn.functional.conv2d(
-            (residual / granted)[None, None], kernel.to(residual.device), padding=stamp.shape[0] // 2
-        )[0, 0]
-        lost = _grown((smooth.abs() > _OUTLIER) | (~good & (prediction > _MASKED * scale)), self.width)
+        # An error of the PSF or a shift is the same in all pixels of a star, and is no outlier.
+        noise = visit.variance.sqrt()
+        smooth, light = self._smoothed(torch.stack([residual / noise, prediction.abs() / noise]))
+        granted = max(self.data.psf_error, _OUTLIER_PSF_ERROR) * light
+        outlier = smooth.abs() > _OUTLIER * torch.hypot(torch.ones_like(granted), granted)
+        lost = _grown(outlier | (~good & (prediction > _MASKED * scale)), self.width)
         return residual, torch.where(good & ~lost, weight, 0.0)
+
+    def _smoothed(self, images: torch.Tensor) -> torch.Tensor:
+        """Smooth images (..., y, x) with the reference PSF, so that white noise keeps its variance."""
+        stamp = gaussian_stamp(self.basis.sigma)
+        kernel = torch.as_tensor(stamp / math.sqrt(np.sum(stamp**2))).to(images)
+        return torch.nn.functional.conv2d(images[:, None], kernel[None, None], padding=stamp.shape[0] // 2)[
+            :, 0
+        ]
 
     def _on_locus(self, stars: np.ndarray) -> np.ndarray:
         """Tell which candidates have the shape that most have, (candidate,) bool."""
@@ -672,7 +679,7 @@ def _solve(
             covariance[k] = inverse + spread @ schur_inverse @ spread.T
         if not anchored:
             # What other light hardly tells is left as it is.
-            error = np.median(np.sqrt(np.diagonal(covariance[used], axis1=1, axis2=2)), axis=0)
+            error = np.median([np.sqrt(np.diagonal(inverse)) for inverse in inverses], axis=0)
             known &= (np.arange(n) <= BACKGROUND) | (error < _INFORMED * start)
         moved = total[used] + step[used]
         width = np.sqrt(np.mean(moved**2 + np.diagonal(covariance[used], axis1=1, axis2=2), axis=0))
