@@ -18,6 +18,7 @@ from __future__ import annotations
 __all__ = (
     "BACKGROUND",
     "FLUX",
+    "NOTHING",
     "SHIFT_X",
     "SHIFT_Y",
     "PsfBasis",
@@ -49,6 +50,9 @@ _FINE = 0.6
 
 _MOFFAT_BETA = 3.0
 """Exponent of the Moffat profile that a PSF starts from where none is given; 2.5 to 4 is seen in practice."""
+
+NOTHING = 1e-5
+"""Width of the prior of a parameter that is not fitted."""
 
 _CENTRING_PASSES = 3
 
@@ -99,7 +103,7 @@ class PsfBasis:
             raise ValueError(f"The sigma of the reference must be positive, not {sigma}.")
         self.sigma = sigma
         self.n_modes = len(_MODES)
-        self.varying = list(range(3, 6)) if gradients else []
+        self.varying = list(range(3)) if gradients else []
         """Modes, counted from the first of the PSF, that change over the patch in y and in x."""
         self.n_parameters = _N_OTHERS + self.n_modes + 2 * len(self.varying)
 
@@ -110,8 +114,8 @@ class PsfBasis:
 
     @property
     def moments(self) -> list[int]:
-        """The parameters of size and ellipticity of the middle width."""
-        return [_N_OTHERS + mode for mode in range(3, 6)]
+        """The parameters of size and ellipticity of the least width."""
+        return [_N_OTHERS + mode for mode in range(3)]
 
     def transfer(self, shape: tuple[int, int]) -> np.ndarray:
         """Return the Fourier transforms of flux, shifts and modes on a grid.
@@ -141,22 +145,30 @@ class PsfBasis:
             result.append(derivative * smooth)
         return np.array(result)
 
-    def prior(self, blind: bool) -> np.ndarray:
+    def prior(self, blind: bool, anchored: bool) -> np.ndarray:
         """Return the standard deviations that the parameters start with, (parameter,); 0 for the background.
 
         Parameters
         ----------
         blind : `bool`
             Whether the PSFs are guesses.
+        anchored : `bool`
+            Whether there are stars; other light tells no more than size and ellipticity.
+
+        Returns
+        -------
+        widths : `numpy.ndarray`, (parameter,)
+            Standard deviations.
         """
-        second, higher = (0.5, 0.3) if blind else (0.1, 0.1)
-        n_second = 3 * len(_WIDTHS)
-        return np.array(
-            [0.05, 0.2, 0.2, 0.0]
-            + [second] * n_second
-            + [higher] * (self.n_modes - n_second)
-            + [0.05] * (2 * len(self.varying))
-        )
+        second, higher, slope = (0.5, 0.3, 0.05) if blind else (0.1, 0.1, 0.05)
+        widths = np.full(self.n_parameters, slope)
+        widths[:_N_OTHERS] = (0.05, 0.2, 0.2, 0.0)
+        widths[self.shape] = higher
+        widths[_N_OTHERS : _N_OTHERS + 3 * len(_WIDTHS)] = second
+        if not anchored:
+            widths[_N_OTHERS:] = NOTHING
+            widths[self.moments] = second
+        return widths
 
     def cell_coefficients(self, parameters: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         """Return the coefficients of the modes in the cells of a patch.
@@ -247,6 +259,9 @@ def corrected_stamps(stamps: np.ndarray, basis: PsfBasis, coefficients: np.ndarr
     for cell in np.ndindex(stamps.shape[:2]):
         stamp = np.asarray(stamps[cell], dtype=float)
         if not np.isfinite(stamp).all():
+            continue
+        if not coefficients[cell].any():
+            result[cell] = stamp
             continue
         key = stamp.tobytes() + coefficients[cell].tobytes()
         if key not in done:

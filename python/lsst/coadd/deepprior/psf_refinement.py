@@ -43,6 +43,7 @@ from .psf import StarFit, fit_star, gaussian_stamp, shift_stamp, target_sigma
 from .psf_basis import (
     BACKGROUND,
     FLUX,
+    NOTHING,
     SHIFT_X,
     SHIFT_Y,
     PsfBasis,
@@ -59,7 +60,7 @@ MIN_STARS = 5
 MIN_SNR = 50.0
 """Their least signal-to-noise ratio in all visits together."""
 
-_PSF_ERRORS = {False: (0.1, 0.05, 0.03, 0.02, 0.02), True: (0.3, 0.1, 0.05, 0.03, 0.02, 0.02, 0.02)}
+_PSF_ERRORS = {False: (0.1, 0.05, 0.03, 0.02, 0.01, 0.01), True: (0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01)}
 """Relative error that is granted to PSFs in the passes, for given PSFs and for guesses."""
 
 _REACH = 1.75
@@ -85,6 +86,9 @@ _HUBER = 3.0
 
 _OUTLIER = 4.0
 """Significance of the residuals at the seeing from which pixels are left out, as are those around them."""
+
+_INFORMED = 1.0 / 3.0
+"""Largest error of a shape parameter, over the width of its prior, with which other light is trusted."""
 
 _PRIOR_STEPS = 8
 """Steps in which the widths of the prior are learned."""
@@ -298,8 +302,11 @@ def refine_psfs(
             CorrectedObservations(observations, result), layout, sigma, psf_error=psf_error, device=device
         )
         sky = _Sky(data, basis, base_steps)
+        if result.anchored and not sky.anchored:
+            # Stars that fail the stricter test of a later pass were good enough for the one before.
+            break
         equations = [_visit_equations(sky, index) for index in range(n_visits)]
-        step, covariance = _solve(equations, total, basis.prior(blind), sky.anchored)
+        step, covariance = _solve(equations, total, basis.prior(blind, sky.anchored), sky.anchored)
         shape = np.clip(step[:, basis.shape.start :], -_LARGEST_STEP, _LARGEST_STEP)
         step[:, basis.shape.start :] = shape
         total += step
@@ -503,14 +510,21 @@ class _Sky:
         scale = torch.hypot(self.data.scale(visit, star), _SKY_ERROR * other)
         deviation = residual / scale
         weight = (_HUBER / deviation.abs().clamp_min(1e-30)).clamp_max(1.0) / scale.square()
-        stamp = gaussian_stamp(self.basis.sigma)
-        granted = self.data.scale(visit, prediction, max(self.data.psf_error, _OUTLIER_PSF_ERROR))
-        kernel = torch.as_tensor(stamp / math.sqrt(np.sum(stamp**2)), dtype=residual.dtype)[None, None]
-        smooth = torch.nn.functional.conv2d(
-            (residual / granted)[None, None], kernel.to(residual.device), padding=stamp.shape[0] // 2
-        )[0, 0]
-        lost = _grown((smooth.abs() > _OUTLIER) | (~good & (prediction > _MASKED * scale)), self.width)
+        # An error of the PSF or a shift is the same in all pixels of a star, and is no outlier.
+        noise = visit.variance.sqrt()
+        smooth, light = self._smoothed(torch.stack([residual / noise, prediction.abs() / noise]))
+        granted = max(self.data.psf_error, _OUTLIER_PSF_ERROR) * light
+        outlier = smooth.abs() > _OUTLIER * torch.hypot(torch.ones_like(granted), granted)
+        lost = _grown(outlier | (~good & (prediction > _MASKED * scale)), self.width)
         return residual, torch.where(good & ~lost, weight, 0.0)
+
+    def _smoothed(self, images: torch.Tensor) -> torch.Tensor:
+        """Smooth images (..., y, x) with the reference PSF, so that white noise keeps its variance."""
+        stamp = gaussian_stamp(self.basis.sigma)
+        kernel = torch.as_tensor(stamp / math.sqrt(np.sum(stamp**2))).to(images)
+        return torch.nn.functional.conv2d(images[:, None], kernel[None, None], padding=stamp.shape[0] // 2)[
+            :, 0
+        ]
 
     def _on_locus(self, stars: np.ndarray) -> np.ndarray:
         """Tell which candidates have the shape that most have, (candidate,) bool."""
@@ -643,6 +657,7 @@ def _solve(
     present = [one for one in equations if one is not None]
     width = start.copy()
     held = start > 0.0
+    known = np.ones(n, dtype=bool)
     for _ in range(_PRIOR_STEPS):
         precision = np.zeros(n)
         precision[held] = width[held] ** -2.0
@@ -662,10 +677,13 @@ def _solve(
             step[k] = inverse @ (own_right + one.cross @ common)
             spread = inverse @ one.cross
             covariance[k] = inverse + spread @ schur_inverse @ spread.T
+        if not anchored:
+            # What other light hardly tells is left as it is.
+            error = np.median([np.sqrt(np.diagonal(inverse)) for inverse in inverses], axis=0)
+            known &= (np.arange(n) <= BACKGROUND) | (error < _INFORMED * start)
         moved = total[used] + step[used]
-        width = np.sqrt(np.mean(moved**2 + np.diagonal(covariance[used], axis1=1, axis2=2), axis=0)).clip(
-            1e-5, np.maximum(start, 1e-5)
-        )
+        width = np.sqrt(np.mean(moved**2 + np.diagonal(covariance[used], axis1=1, axis2=2), axis=0))
+        width = np.where(known, np.clip(width, NOTHING, np.maximum(start, NOTHING)), NOTHING)
     fixed = np.ones(n, dtype=bool)
     if anchored:
         fixed[BACKGROUND + 1 :] = False

@@ -1,0 +1,191 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from toy import gaussian_stars, observe
+
+from lsst.coadd.deepprior.observation import Observation
+from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.psf import StarFit, fit_star
+from lsst.coadd.deepprior.psf_refinement import CorrectedObservations, PsfRefinement, refine_psfs, summary
+from lsst.coadd.deepprior.statistics import NothingToRestoreError
+
+LAYOUT = CellLayout(1, 2, 96, 64)
+SEEING = [1.7, 1.9, 2.2, 1.8]
+STAMP = 31
+STARS = [
+    (18.3, 20.6, 6000.0),
+    (45.1, 70.2, 9000.0),
+    (70.7, 25.4, 4000.0),
+    (92.2, 66.8, 7000.0),
+    (110.4, 22.3, 5000.0),
+    (24.9, 49.5, 3000.0),
+    (68.0, 49.0, 8000.0),
+]
+GALAXY = (110.0, 75.0, 9000.0)
+
+
+def _stamp(sigma: float, ellipticity: float = 0.0) -> np.ndarray:
+    middle = STAMP // 2
+    stamp = gaussian_stars((STAMP, STAMP), [(middle, middle, 1.0)], sigma, ellipticity)
+    return np.broadcast_to(stamp / stamp.sum(), (1, 2, STAMP, STAMP)).copy()
+
+
+def _visits(stars: list[tuple[float, float, float]] = STARS) -> list[Observation]:
+    """Stars, and a galaxy that is brighter than most of them."""
+    visits = observe(LAYOUT, stars, SEEING, seed=3, stamp=STAMP, masked_fraction=0.01)
+    for visit, sigma in zip(visits, SEEING, strict=True):
+        visit.flux[...] += gaussian_stars(LAYOUT.shape, [GALAXY], np.hypot(sigma, 1.0))
+    return visits
+
+
+def _errors(refinement: PsfRefinement, sigmas: list[float] = SEEING) -> tuple[np.ndarray, np.ndarray]:
+    """Return the relative errors of the sizes, and of the ellipticities of round PSFs."""
+    fits = [shape for shape in refinement.after if shape is not None]
+    assert len(fits) == len(sigmas)
+    size = np.array([fit.sigma / sigma - 1.0 for fit, sigma in zip(fits, sigmas, strict=True)])
+    return size, np.array([np.hypot(fit.e1, fit.e2) for fit in fits])
+
+
+def _check(refinement: PsfRefinement) -> None:
+    for stamps in refinement.stamps:
+        assert stamps.min() >= 0.0
+        np.testing.assert_allclose(stamps.sum(axis=(2, 3)), 1.0)
+        y, x = np.mgrid[:STAMP, :STAMP] - STAMP // 2
+        np.testing.assert_allclose([(stamps * g).sum(axis=(2, 3)) for g in (x, y)], 0.0, atol=5e-3)
+    assert refinement.flux_scale.mean() == pytest.approx(1.0)
+    np.testing.assert_allclose(refinement.shift.mean(axis=0), 0.0, atol=1e-9)
+    assert refinement.background.mean() == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("wider", "ellipticity"), [(1.05, 0.0), (1.0, 0.015), (1.0, 0.0)])
+def test_psfs_that_are_wrong_become_right_and_others_stay(wider: float, ellipticity: float) -> None:
+    """Stamps 5 % too wide, of ellipticity 0.03, and right; the galaxy must not be taken for a star."""
+    visits = [
+        dataclasses.replace(visit, psf=_stamp(wider * sigma, ellipticity))
+        for visit, sigma in zip(_visits(), SEEING, strict=True)
+    ]
+    refinement = refine_psfs(visits, LAYOUT)
+    assert refinement.anchored
+    assert len(refinement.stars) >= 5
+    assert np.hypot(*(refinement.stars - GALAXY[1::-1]).T).min() > 3.0
+    size, round_to = _errors(refinement)
+    assert np.abs(size).max() < 0.01
+    assert round_to.max() < 0.005
+    assert refinement.fwhm_error.max() < 0.01
+    assert not any(refinement.flags(k)[flag] for k in range(4) for flag in ("not_anchored", "uncertain"))
+    _check(refinement)
+
+
+def test_guesses_of_the_seeing_are_enough_with_stars() -> None:
+    guesses = [1.12, 0.93, 0.88, 1.05]
+    visits = [
+        dataclasses.replace(visit, psf=_stamp(guess * sigma, 0.1))
+        for visit, sigma, guess in zip(_visits(), SEEING, guesses, strict=True)
+    ]
+    refinement = refine_psfs(visits, LAYOUT, blind=True)
+    assert refinement.anchored
+    size, round_to = _errors(refinement)
+    assert np.abs(size).max() < 0.02
+    assert round_to.max() < 0.01
+    assert refinement.flags(0)["large_change"]
+    _check(refinement)
+
+
+def test_flux_scale_shift_and_background_are_found() -> None:
+    rng = np.random.default_rng(5)
+    scale = 1.0 + rng.normal(0.0, 0.03, 4)
+    shift, background = rng.normal(0.0, 0.15, (4, 2)), rng.normal(0.0, 0.3, 4)
+    scale, shift, background = (
+        scale / scale.mean(),
+        shift - shift.mean(axis=0),
+        background - background.mean(),
+    )
+    visits = []
+    for k, visit in enumerate(_visits()):
+        moved = [(x + shift[k, 0], y + shift[k, 1], flux) for x, y, flux in STARS]
+        (clean,) = observe(LAYOUT, moved, SEEING[k : k + 1], seed=20 + k, stamp=STAMP)
+        flux = (scale[k] * clean.flux + background[k]).astype(np.float32)
+        visits.append(
+            dataclasses.replace(visit, flux=flux, good=clean.good, variance=clean.variance * scale[k] ** 2)
+        )
+    refinement = refine_psfs(visits, LAYOUT)
+    np.testing.assert_allclose(refinement.flux_scale, scale, atol=0.012)
+    np.testing.assert_allclose(refinement.shift, shift, atol=0.01)
+    np.testing.assert_allclose(refinement.background, background, atol=0.05)
+    corrected = CorrectedObservations(visits, refinement)
+    assert len(corrected) == 4
+    one = corrected[1]
+    np.testing.assert_allclose(
+        one.flux * refinement.flux_scale[1] + refinement.background[1], visits[1].flux, rtol=1e-4, atol=1e-3
+    )
+    fit = fit_star(one.psf[0, 0])
+    np.testing.assert_allclose((fit.x, fit.y), STAMP // 2 + refinement.shift[1], atol=0.01)
+    np.testing.assert_array_equal(one.good, visits[1].good)
+
+
+def test_without_stars_only_differences_are_refined() -> None:
+    """All stamps are 5 % too wide, and one 6 % more."""
+    sources = [(x, y, flux) for x, y, flux in STARS]
+    visits = observe(LAYOUT, [], SEEING, seed=4, stamp=STAMP)
+    wider = [1.05, 1.05, 1.11, 1.05]
+    for k, (visit, sigma) in enumerate(zip(visits, SEEING, strict=True)):
+        for number, source in enumerate(sources):
+            wide = np.hypot(sigma, 1.5 + 0.3 * number)
+            visit.flux[...] += gaussian_stars(LAYOUT.shape, [source], wide, 0.1)
+        visits[k] = dataclasses.replace(visit, psf=_stamp(wider[k] * sigma))
+    refinement = refine_psfs(visits, LAYOUT)
+    assert not refinement.anchored
+    assert len(refinement.stars) == 0
+    assert refinement.flags(0) == {"not_anchored": True, "large_change": False, "uncertain": True}
+    size, _ = _errors(refinement)
+    assert size.mean() == pytest.approx(np.mean(wider) - 1.0, abs=0.003)
+    assert np.ptp(size) < 0.03
+    _check(refinement)
+
+
+def test_a_visit_without_pixels_stays_as_it_is() -> None:
+    visits = _visits()
+    visits[2] = dataclasses.replace(visits[2], good=np.zeros_like(visits[2].good))
+    refinement = refine_psfs(visits, LAYOUT, base_steps=30)
+    np.testing.assert_array_equal(refinement.stamps[2], visits[2].psf)
+    assert (refinement.flux_scale[2], refinement.background[2]) == pytest.approx((1.0, 0.0), abs=1e-3)
+    assert refinement.flags(2)["uncertain"]
+    numbers = summary(refinement, [visit.name for visit in visits])
+    assert numbers["visits"]["visit 2"]["fwhm_relative_error"] is None
+    assert type(numbers["visits"]["visit 0"]["size_change"]) is float
+
+
+def test_bad_input() -> None:
+    visits = _visits()
+    with pytest.raises(ValueError, match="base_steps must be at least 1"):
+        refine_psfs(visits, LAYOUT, base_steps=0)
+    nothing = [dataclasses.replace(visit, psf=np.full_like(visit.psf, np.nan)) for visit in visits]
+    with pytest.raises(NothingToRestoreError, match="No visit"):
+        refine_psfs(nothing, LAYOUT)
+    with pytest.raises(ValueError, match="cells"):
+        refine_psfs(visits, CellLayout(2, 2, 48, 64))
+    shape = StarFit(1.0, 0.0, 0.0, 1.0, 0.0, 0.0)
+    unknown = np.full(1, np.nan)
+    one = PsfRefinement(
+        [visits[0].psf],
+        np.ones(1),
+        np.zeros((1, 2)),
+        np.zeros(1),
+        False,
+        np.zeros((0, 2)),
+        0,
+        unknown,
+        unknown,
+        [shape],
+        [shape],
+    )
+    with pytest.raises(ValueError, match="PSFs of 1 visits"):
+        CorrectedObservations(visits, one)
