@@ -143,9 +143,9 @@ def quantum(size: int, n_visits: int, start: str, device: str, cores: int) -> di
     }
 
 
-def script(name: str, *arguments: object, cores: int) -> dict[str, Any]:
+def script(name: str, *arguments: object) -> dict[str, Any]:
     """Run a script of this folder in a process of its own, and return what it prints as JSON."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(cores))
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     command = [sys.executable, str(HERE / name), *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -201,7 +201,7 @@ def main(  # noqa: D103
                     "peer",
                     now,
                     (size, n_visits, peer, cores, repeat),
-                    lambda peer=peer, repo=repo: script("speed_peer.py", repo, peer, cores, cores=cores),
+                    lambda peer=peer, repo=repo: script("speed_peer.py", repo, peer, cores),
                 )
                 write()
     for device in devices or ("cpu",):
@@ -212,9 +212,7 @@ def main(  # noqa: D103
             "parts",
             now,
             (device, cores),
-            lambda device=device: script(
-                "speed_parts.py", repository(*PARTS_PATCH), device, cores, cores=cores
-            ),
+            lambda device=device: script("speed_parts.py", repository(*PARTS_PATCH), device, cores),
         )
     write()
     click.echo(f"{output} is written.")

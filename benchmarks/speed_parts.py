@@ -31,6 +31,7 @@ from lsst.coadd.deepprior.baselines import AcceleratedSteps, maximum_likelihood_
 from lsst.coadd.deepprior.network import FEATURES, Trunk
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.parallel import use_threads
 from lsst.coadd.deepprior.psf import gaussian_stamp
 from lsst.coadd.deepprior.statistics import PatchData
 from lsst.daf.butler import Butler
@@ -242,7 +243,7 @@ def input_output(repo: Path) -> dict[str, float]:
 
 def main(repo: Path, device: str, cores: int) -> None:
     """Print all numbers."""
-    torch.set_num_threads(cores)
+    use_threads(cores)  # as in a quantum
     visits, layout = observations(repo)
     statistics_seconds = seconds(lambda: PatchData(visits, layout, 0.9, device=device).sets(), device)
     result = {

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from methods import METHODS, peak_memory
 
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.parallel import use_threads
 from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddConfig
 from lsst.coadd.deepprior.warp_streams import cell_layout
 from lsst.coadd.deepprior.warps import Warp
@@ -46,7 +46,7 @@ def observations(repo: Path) -> tuple[list[Observation], CellLayout]:
 
 def main(repo: Path, name: str, cores: int) -> None:
     """Run the method and print its seconds and memory."""
-    torch.set_num_threads(cores)
+    use_threads(cores)  # as in a quantum
     visits, layout = observations(repo)
     scene = SimpleNamespace(observations=visits, layout=layout)
     METHODS[name].run(SimpleNamespace(observations=visits[:1], layout=layout), (SETTINGS[name],)) if (
