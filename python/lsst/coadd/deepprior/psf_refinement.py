@@ -93,7 +93,7 @@ _INFORMED = 1.0 / 3.0
 _PRIOR_STEPS = 8
 """Steps in which the widths of the prior are learned."""
 
-_OUTLIER_PSF_ERROR = 0.1
+_OUTLIER_PSF_ERROR = 0.015
 """Least relative error that is granted to PSFs where outliers are told."""
 
 _MASKED = 5.0
