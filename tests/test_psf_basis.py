@@ -28,7 +28,7 @@ def _moments(stamp: np.ndarray) -> np.ndarray:
 
 def test_modes_change_neither_sum_nor_centroid_and_second_moments_as_they_say() -> None:
     stamp = gaussian_stamp(SIGMA, 61)
-    basis = PsfBasis(SIGMA, gradients=False)
+    basis = PsfBasis(SIGMA)
     changes = np.array([_moments(change) for change in stamp_changes(stamp, basis)])
     np.testing.assert_allclose(changes[:, :3], 0.0, atol=2e-4)
     unit = SIGMA**2
@@ -41,11 +41,11 @@ def test_modes_change_neither_sum_nor_centroid_and_second_moments_as_they_say() 
 
 def test_corrected_stamps_are_psfs_whatever_the_coefficients() -> None:
     rng = np.random.default_rng(1)
-    basis = PsfBasis(SIGMA, gradients=True)
+    basis = PsfBasis(SIGMA)
     stamps = np.broadcast_to(gaussian_stamp(SIGMA, 31, dx=0.2), (2, 3, 31, 31)).copy()
     stamps[1, 2] = np.nan
     stamps /= stamps.sum(axis=(2, 3), keepdims=True)
-    corrected = corrected_stamps(stamps, basis, rng.normal(0.0, 0.4, (2, 3, basis.n_modes)))
+    corrected = corrected_stamps(stamps, basis, rng.normal(0.0, 0.4, basis.n_modes))
     assert np.isnan(corrected[1, 2]).all()
     good = corrected[np.isfinite(corrected).all(axis=(2, 3))]
     assert len(good) == 5
@@ -53,20 +53,7 @@ def test_corrected_stamps_are_psfs_whatever_the_coefficients() -> None:
     np.testing.assert_allclose(good.sum(axis=(1, 2)), 1.0)
     for stamp in good:
         np.testing.assert_allclose(_moments(stamp)[1:3], (0.2, 0.0), atol=0.02)
-    np.testing.assert_array_equal(
-        corrected_stamps(stamps[:1], basis, np.zeros((1, 3, basis.n_modes))), stamps[:1]
-    )
-
-
-def test_coefficients_change_linearly_over_the_patch() -> None:
-    basis = PsfBasis(SIGMA, gradients=True)
-    parameters = np.arange(basis.n_parameters, dtype=float)
-    cells = basis.cell_coefficients(parameters, (2, 3))
-    np.testing.assert_allclose(cells.mean(axis=(0, 1)), parameters[basis.shape])
-    in_y, in_x = parameters[basis.shape.stop :].reshape(2, 3)
-    np.testing.assert_allclose((cells[1] - cells[0])[:, :3], np.tile(in_y, (3, 1)))
-    np.testing.assert_allclose((cells[:, 2] - cells[:, 0])[:, :3], np.tile(in_x * 4.0 / 3.0, (2, 1)))
-    assert PsfBasis(SIGMA, gradients=False).n_parameters == basis.n_parameters - 6
+    np.testing.assert_array_equal(corrected_stamps(stamps[:1], basis, np.zeros(basis.n_modes)), stamps[:1])
 
 
 def test_a_blind_guess_keeps_the_fwhm_alone() -> None:
@@ -82,6 +69,6 @@ def test_a_blind_guess_keeps_the_fwhm_alone() -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="must be positive"):
-        PsfBasis(0.0, gradients=False)
+        PsfBasis(0.0)
     with pytest.raises(ValueError, match="odd size"):
         moffat_stamp(3.0, 20)

@@ -94,22 +94,18 @@ class PsfBasis:
     ----------
     sigma : `float`
         Sigma in pixels of the reference, a Gaussian about as wide as the PSFs.
-    gradients : `bool`
-        Whether size and ellipticity may also change linearly over the patch.
     """
 
-    def __init__(self, sigma: float, gradients: bool) -> None:
+    def __init__(self, sigma: float) -> None:
         if not sigma > 0.0:
             raise ValueError(f"The sigma of the reference must be positive, not {sigma}.")
         self.sigma = sigma
         self.n_modes = len(_MODES)
-        self.varying = list(range(3)) if gradients else []
-        """Modes, counted from the first of the PSF, that change over the patch in y and in x."""
-        self.n_parameters = _N_OTHERS + self.n_modes + 2 * len(self.varying)
+        self.n_parameters = _N_OTHERS + self.n_modes
 
     @property
     def shape(self) -> slice:
-        """The parameters that change the PSF everywhere."""
+        """The parameters that change the PSF."""
         return slice(_N_OTHERS, _N_OTHERS + self.n_modes)
 
     @property
@@ -160,37 +156,14 @@ class PsfBasis:
         widths : `numpy.ndarray`, (parameter,)
             Standard deviations.
         """
-        second, higher, slope = (0.5, 0.3, 0.05) if blind else (0.1, 0.1, 0.05)
-        widths = np.full(self.n_parameters, slope)
+        second, higher = (0.5, 0.3) if blind else (0.1, 0.1)
+        widths = np.full(self.n_parameters, higher)
         widths[:_N_OTHERS] = (0.05, 0.2, 0.2, 0.0)
-        widths[self.shape] = higher
         widths[_N_OTHERS : _N_OTHERS + 3 * len(_WIDTHS)] = second
         if not anchored:
             widths[_N_OTHERS:] = NOTHING
             widths[self.moments] = second
         return widths
-
-    def cell_coefficients(self, parameters: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-        """Return the coefficients of the modes in the cells of a patch.
-
-        Parameters
-        ----------
-        parameters : `numpy.ndarray`, (parameter,)
-            Parameters of a visit.
-        shape : `tuple` [`int`, `int`]
-            Number of rows and columns of cells.
-
-        Returns
-        -------
-        coefficients : `numpy.ndarray`, (cell_i, cell_j, n_modes)
-            Coefficients in the middle of each cell.
-        """
-        result = np.broadcast_to(parameters[self.shape], (*shape, self.n_modes)).copy()
-        slopes = parameters[_N_OTHERS + self.n_modes :].reshape(2, -1)
-        y, x = (2.0 * (np.arange(n) + 0.5) / n - 1.0 for n in shape)
-        for mode, in_y, in_x in zip(self.varying, *slopes, strict=True):
-            result[:, :, mode] += in_y * y[:, None] + in_x * x[None, :]
-        return result
 
 
 def moffat_stamp(fwhm_pixels: float, size: int) -> np.ndarray:
@@ -246,26 +219,25 @@ def corrected_stamps(stamps: np.ndarray, basis: PsfBasis, coefficients: np.ndarr
         Stamps of unit sum, NaN in cells without a PSF.
     basis : `PsfBasis`
         The modes.
-    coefficients : `numpy.ndarray`, (cell_i, cell_j, n_modes)
-        Their coefficients.
+    coefficients : `numpy.ndarray`, (n_modes,)
+        Their coefficients, one correction for all cells.
 
     Returns
     -------
     corrected : `numpy.ndarray`, (cell_i, cell_j, k, k)
         Corrected stamps, NaN where ``stamps`` is.
     """
+    if not coefficients.any():
+        return stamps
     result = np.full(stamps.shape, np.nan)
     done: dict[bytes, np.ndarray] = {}
     for cell in np.ndindex(stamps.shape[:2]):
         stamp = np.asarray(stamps[cell], dtype=float)
         if not np.isfinite(stamp).all():
             continue
-        if not coefficients[cell].any():
-            result[cell] = stamp
-            continue
-        key = stamp.tobytes() + coefficients[cell].tobytes()
+        key = stamp.tobytes()
         if key not in done:
-            change = np.tensordot(coefficients[cell], stamp_changes(stamp, basis), axes=1)
+            change = np.tensordot(coefficients, stamp_changes(stamp, basis), axes=1)
             done[key] = _projected(stamp + change, stamp)
         result[cell] = done[key]
     return result

@@ -93,7 +93,7 @@ _INFORMED = 1.0 / 3.0
 _PRIOR_STEPS = 8
 """Steps in which the widths of the prior are learned."""
 
-_OUTLIER_PSF_ERROR = 0.1
+_OUTLIER_PSF_ERROR = 0.015
 """Least relative error that is granted to PSFs where outliers are told."""
 
 _MASKED = 5.0
@@ -277,7 +277,7 @@ def refine_psfs(
     stamps = [blind_stamps(psf) for psf in given] if blind else given
     seeing = seeing[np.isfinite(seeing)]
     sigma = target_sigma(seeing)
-    basis = PsfBasis(reference_sigma(seeing), gradients=layout.n_i * layout.n_j > 1)
+    basis = PsfBasis(reference_sigma(seeing))
     n_visits = len(observations)
     nothing = np.full(n_visits, np.nan)
     total = np.zeros((n_visits, basis.n_parameters))
@@ -311,7 +311,7 @@ def refine_psfs(
         step[:, basis.shape.start :] = shape
         total += step
         stamps = [
-            corrected_stamps(psf, basis, basis.cell_coefficients(parameters, psf.shape[:2]))
+            corrected_stamps(psf, basis, parameters[basis.shape])
             for psf, parameters in zip(result.stamps, step, strict=True)
         ]
         scale = result.flux_scale * (1.0 + step[:, FLUX])
@@ -357,9 +357,7 @@ def _with_mean_shape(
         parameters = np.zeros(basis.n_parameters)
         parameters[basis.moments] = -change
         total[used] += parameters
-        stamps = [
-            corrected_stamps(psf, basis, basis.cell_coefficients(parameters, psf.shape[:2])) for psf in stamps
-        ]
+        stamps = [corrected_stamps(psf, basis, parameters[basis.shape]) for psf in stamps]
     return stamps
 
 
@@ -587,7 +585,7 @@ class _Equations(NamedTuple):
 
 def _visit_equations(sky: _Sky, index: int) -> _Equations | None:
     """Make the equations of a visit, `None` if it has no good pixel."""
-    data, basis = sky.data, sky.basis
+    data = sky.data
     if data.group[index] < 0:
         return None
     visit = data.visit(index)
@@ -602,15 +600,9 @@ def _visit_equations(sky: _Sky, index: int) -> _Equations | None:
         for light in (star + other, other + torch.where(near, 0.0, star))
     )
     ones, zeros = torch.ones_like(whole[:1]), torch.zeros_like(whole[:1])
-    y, x = (torch.linspace(-1.0, 1.0, n, device=data.device) for n in data.layout.shape)
-    grids = [
-        torch.nn.functional.pad(grid.expand(data.layout.shape), (data.margin,) * 4)[chosen]
-        for grid in (y[:, None], x[None, :])
-    ]
 
     def design(modes: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-        varying = modes[3:][basis.varying]
-        return torch.cat([modes[:3], background, modes[3:], *(grid * varying for grid in grids)]).double()
+        return torch.cat([modes[:3], background, modes[3:]]).double()
 
     own, common = design(whole, ones), design(outside, zeros)
     weights, values = weight[chosen].double(), residual[chosen].double()
