@@ -50,7 +50,6 @@ from .observation import Observation
 from .operators import CellConvolution, CellLayout, gram_kernels
 from .parallel import by_rows
 from .psf import data_kernel
-from .reading import in_turn
 
 _KERNEL_CACHE_BYTES = 256 * 2**20
 """Memory that kernels of visits may take; others are made anew each time."""
@@ -305,8 +304,6 @@ class PatchData:
         self._kept_kernels: dict[int, torch.Tensor] = {}
         self._kept_operators: dict[int, CellConvolution] = {}
         self._noise_of_gradient: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._statistics: SetStatistics | None = None
-        self._median: torch.Tensor | None = None
         n_visits = len(observations)
         self.weight = np.zeros((n_visits, layout.n_i, layout.n_j))
         """Inverse sky variance of visit and cell, 0 without a good pixel ((visit, i, j), 1/nJy^2). On a finer
@@ -319,7 +316,7 @@ class PatchData:
         """Step in pixels from one pixel that visits have to the next, 1 but on a grid finer than theirs."""
         self.seeing = np.full(n_visits, np.nan)
         """FWHM of the PSF of every visit in pixels, in the middle one of its cells."""
-        for index, observation in in_turn(observations, range(n_visits)):
+        for index, observation in enumerate(observations):
             self._add(index, observation)
         known = self.seeing[np.isfinite(self.seeing)]
         if len(known) == 0:
@@ -341,20 +338,6 @@ class PatchData:
             raise ValueError(f"{len(observations)} visits cannot stand in for {len(self)}.")
         other = copy.copy(self)
         other._observations = observations
-        return other
-
-    def with_statistics(self, statistics: SetStatistics, median: torch.Tensor) -> PatchData:
-        """Return the same patch with the statistics of other pixel values, which are not read any more.
-
-        Parameters
-        ----------
-        statistics : `SetStatistics`
-            What `linearise` returns for all models.
-        median : `torch.Tensor`, (set, y, x)
-            What `lower_median` returns.
-        """
-        other = copy.copy(self)
-        other._statistics, other._median = statistics, median
         return other
 
     @property
@@ -475,8 +458,9 @@ class PatchData:
             yield index, visit
 
     def read(self, indices: Sequence[int]) -> Iterator[tuple[int, Observation, VisitTensors]]:
-        """Iterate over some visits, the next one being read while there is work on the last."""
-        for index, observation in in_turn(self._observations, indices):
+        """Iterate over some visits, one in memory at a time."""
+        for index in indices:
+            observation = self._observations[index]
             yield index, observation, self._tensors(index, observation)
 
     def scale(
@@ -608,8 +592,6 @@ class PatchData:
         statistics : `SetStatistics`
             The statistics of the sets; those of a set depend on the data of its own visits only.
         """
-        if self._statistics is not None:
-            return self._statistics
         sums = StatisticsSums(models, with_coverage=coverage is None)
         error = self.psf_error if psf_error is None else psf_error
 
@@ -646,8 +628,6 @@ class PatchData:
         median : `torch.Tensor`, (set, y, x)
             nJy, 0 far from all good pixels of a set.
         """
-        if self._median is not None:
-            return self._median
         return self.median_of_groups(
             sets,
             [

@@ -18,7 +18,6 @@ from lsst.images.cells import CellGrid
 from lsst.pipe.base import InMemoryDatasetHandle
 
 from .observation import Observation
-from .reading import StoredSequence
 from .warps import Warp
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ _LARGEST_CACHE = 4 * 2**30
 """Largest cache in bytes unless one is asked for: with it a Rubin patch takes less than 10 GB."""
 
 
-class WarpHandles(StoredSequence[Warp]):
+class WarpHandles(Sequence[Warp]):
     """Warps that are read each time they are asked for, so that one is in memory at a time.
 
     Parameters
@@ -81,7 +80,7 @@ class WarpHandles(StoredSequence[Warp]):
             raise RuntimeError(f"The warp {handle.dataId} cannot be used: {err}") from err
 
 
-class WarpObservations(StoredSequence[Observation]):
+class WarpObservations(Sequence[Observation]):
     """Observations of some warps, of which a limited number of bytes is kept.
 
     Parameters

@@ -34,7 +34,6 @@ from ..coadd import InputPlanes, make_coadds, mask_shares
 from ..fit_checkpoint import checkpoint_file
 from ..network_dataset import NETWORK_DATASET_TYPE, NETWORK_STORAGE_CLASS, network_from_dataset
 from ..psf import FWHM_PER_SIGMA
-from ..reading import in_turn
 from ..refined_psfs import refined_visits
 from ..warp_streams import WarpObservations, cell_layout, default_cache_bytes
 from ..warps import Warp, WarpInfo
@@ -416,7 +415,7 @@ class DeepPriorCoaddTask(PipelineTask):
         infos: list[WarpInfo] = []
         left_out: list[str] = []
         planes: InputPlanes | None = None
-        for index, warp in in_turn(warps, range(len(warps))):
+        for index, warp in enumerate(warps):
             observation = warp.observation(self.config.bad_mask_planes)
             if not observation.good.any():
                 self.log.warning("%s has no usable pixel in the patch and is left out.", warp.label)
