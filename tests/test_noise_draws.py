@@ -74,8 +74,8 @@ def test_a_restoration_answers_as_to_visits_that_are_read(data: PatchData, truth
 
 
 def test_noise_is_no_larger_where_the_model_is_dark() -> None:
-    """In a sky without light but the far wings of a star whose core all visits lack, the noise of realisations
-    is that of visits that are read."""
+    """In a sky without light but the far wings of a star whose core all visits lack, realisations have the
+    noise of visits that are read."""
     visits = observe(LAYOUT, [], [1.5, 1.8, 2.1, 1.6, 1.7], seed=4, masked_fraction=0.02, noise=2.0)
     for visit in visits:
         visit.good[40:60, 40:46] = False

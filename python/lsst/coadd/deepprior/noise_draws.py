@@ -13,8 +13,8 @@ has to be linearised again and again. Huber's estimate answers to noise, to firs
           P = \mathrm{erf}\!\left(\frac{\delta s}{\sqrt{2}\,\sigma}\right),
 
 with :math:`\sigma` the noise of the pixel and s the scale of the clipping at the model. The part of the
-prediction that has data is that of u plus a sky of the noise of the coadd: a restoration puts light also where
-the model has next to none, and there the wings of a masked star would tell what part of it has data.
+prediction that has data is that of u plus a sky of the noise of the coadd: a restoration puts light also
+where the model has next to none, and there the wings of a masked star would tell what part of it has data.
 """
 
 from __future__ import annotations
