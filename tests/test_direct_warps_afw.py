@@ -23,6 +23,7 @@ import astropy.time
 from astropy.table import Table
 from run_pipetask import QUICK, pipetask
 
+import lsst.afw.detection
 import lsst.afw.geom
 import lsst.afw.image
 import lsst.afw.math
@@ -534,7 +535,10 @@ def make_repo(path: Path, sky_map: lsst.skymap.BaseSkyMap) -> None:
     butler.put(selection, "deep_coadd_visit_selection", PATCH_ID, instrument="Cam", band="r")
     coadd = make_exposure(sky_map, VISITS[0])
     butler.put(coadd, "deep_coadd", PATCH_ID, band="r")
-    butler.put(detect(coadd), "object_detection_merged", PATCH_ID)
+    catalog = detect(coadd)
+    beyond = lsst.afw.geom.SpanSet.fromShape(8, offset=coadd.getBBox().getMax())
+    catalog.addNew().setFootprint(lsst.afw.detection.Footprint(beyond))
+    butler.put(catalog, "object_detection_merged", PATCH_ID)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["cells", "no_cells"])
@@ -620,10 +624,10 @@ def test_deconvolution(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> No
     deconvolved: Any = butler.get("deconvolved_deep_coadd", PATCH_ID, band="r")
     restored = butler.get("deep_prior_coadd", PATCH_ID, band="r").to_legacy()
     catalog: Any = butler.get("object_detection_merged", PATCH_ID)
-    assert len(catalog) == len(STARS)
+    assert len(catalog) == len(STARS) + 1  # and a sky object that reaches beyond the coadd
     footprints = lsst.afw.image.ImageI(deconvolved.getBBox())
     for record in catalog:
-        record.getFootprint().spans.setImage(footprints, 1)
+        record.getFootprint().spans.clippedTo(footprints.getBBox()).setImage(footprints, 1)
     assert not deconvolved.image.array[footprints.array == 0].any()
     box = restored.getBBox().clippedTo(deconvolved.getBBox())
     inside = footprints[box].array == 1
