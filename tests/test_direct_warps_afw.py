@@ -634,3 +634,44 @@ def test_deconvolution(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> No
     assert inside.any()
     expected = restored.image[box].array.clip(min=0.0)
     np.testing.assert_array_equal(deconvolved.image[box].array[inside], expected[inside])
+
+
+def test_standard_tasks(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> None:
+    """Detection, deblending, measurement and forced photometry of Data Release Production."""
+    pytest.importorskip("lsst.pipe.tasks.multiBand")
+    pytest.importorskip("lsst.meas.extensions.scarlet.deconvolveExposureTask")
+    pytest.importorskip("lsst.drp.tasks.forcedPhotCoadd")
+    path, sky_map = restored_repo
+    labels = (
+        "detectDeepPriorPeaks",
+        "mergeDeepPriorDetection",
+        "deconvolveDeepPrior",
+        "deblendDeepPriorFootprints",
+        "measureDeepPriorUnforced",
+        "mergeDeepPriorMeasurement",
+        "measureDeepPriorForced",
+    )
+    result = pipetask(
+        *("run", "-b", path, "-i", f"{RUN},skymaps", "-o", "u/test/objects", "--register-dataset-types"),
+        *("-p", f"{PIPELINE}#{','.join(labels)}"),
+        *("-c", "mergeDeepPriorDetection:priorityList=['r']"),
+        *("-c", "mergeDeepPriorMeasurement:priorityList=['r']"),
+        # More of them would reach beyond the cells of this small patch, where the deconvolution fails.
+        *("-c", "mergeDeepPriorDetection:skyObjects.nSources=3"),
+        *("-c", "measureDeepPriorUnforced:doPropagateFlags=False"),
+    )
+    assert result.returncode == 0, result.stdout
+    butler = Butler.from_config(path, collections="u/test/objects")
+    sources: Any = butler.get("deep_prior_object_unforced_measurement", PATCH_ID, band="r")
+    table = sources.copy(deep=True).asAstropy()
+    check_stars(table, stars_of(sky_map), 1.0)
+    forced: Any = butler.get("deep_prior_object_forced_measurement", PATCH_ID, band="r")
+    bright = np.asarray(table["base_PsfFlux_instFlux"]) > 0.5 * min(flux for *_, flux in STARS)
+    assert bright.sum() == len(STARS)
+    np.testing.assert_allclose(
+        forced["base_PsfFlux_instFlux"][bright], table["base_PsfFlux_instFlux"][bright]
+    )
+    middle = sky_map[0][PATCH].getOuterBBox().getCenter().x
+    # The last visit covers the left half only.
+    expected = np.where(table["base_SdssCentroid_x"] < middle, 3, 2)
+    np.testing.assert_array_equal(table["base_InputCount_value"][bright], expected[bright])
