@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,7 @@ NOISE = 10.0  # nJy in a pixel
 STARS = ((0.3, 0.4, 60000.0), (0.7, 0.3, 30000.0), (0.45, 0.75, 45000.0))
 """Positions x, y as fractions of the patch, and fluxes in nJy."""
 PATCH_ID = {"skymap": "test", "tract": 0, "patch": PATCH}
+BUTLER_CONFIG = Path(__file__).parents[1] / "config" / "butler"
 PIPELINE = "$COADD_DEEPPRIOR_DIR/pipelines/DRP-deepPrior.yaml"
 RUN = "u/test/run"
 VISITS = (901, 902, 903, 904)
@@ -464,6 +468,29 @@ def test_other_psfs(sky_map: lsst.skymap.BaseSkyMap, geometry: PatchGeometry) ->
     np.testing.assert_allclose(warp.psf_stamps[0, 4], gaussian / gaussian.sum(), rtol=0.0, atol=1e-7)
 
 
+def test_psf_is_that_at_the_centers_of_the_cells(
+    sky_map: lsst.skymap.BaseSkyMap, geometry: PatchGeometry
+) -> None:
+    exposure = make_exposure(sky_map, VISITS[0])
+    detectors = exposure.getInfo().getCoaddInputs().ccds
+    detectors[1].setPsf(lsst.meas.algorithms.SingleGaussianPsf(25, 25, 2.4))
+    exposure.setPsf(lsst.meas.algorithms.CoaddPsf(detectors, exposure.getWcs()))
+    stamps = warp_from_exposure(exposure, data_id(VISITS[0]), geometry).psf_stamps
+    size = stamps.shape[-1]
+    whole = lsst.geom.Box2I(lsst.geom.Point2I(-(size // 2), -(size // 2)), lsst.geom.Extent2I(size, size))
+    for cell in sky_map[0][PATCH]:
+        expected = lsst.afw.image.ImageD(whole)
+        center = lsst.geom.Box2D(cell.inner_bbox).getCenter()
+        kernel = exposure.getPsf().computeKernelImage(center)
+        expected[kernel.getBBox()] = kernel
+        inner = geometry.patch.cells.index_of(y=cell.inner_bbox.beginY, x=cell.inner_bbox.beginX)
+        np.testing.assert_allclose(
+            stamps[inner.i, inner.j], expected.array / expected.array.sum(), rtol=0.0, atol=1e-7
+        )
+    peaks = stamps.max(axis=(2, 3))
+    assert (peaks[:, :2] > 1.5 * peaks[:, 3:]).all()
+
+
 SCALES = {VISITS[0]: 1.0, VISITS[1]: 2.5, VISITS[2]: 1.0, VISITS[3]: 0.25}
 """What carries the pixels of the visits in the repositories to nJy."""
 
@@ -577,6 +604,31 @@ def test_pipetask(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> None:
     check_stars(measure(exposure, apply_corrections=True), stars_of(sky_map), 1.0)
 
 
+def test_exposure_with_all_components(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> None:
+    """The storage classes of this package have the Butler convert coadds to exposures that lack nothing."""
+    path, sky_map = restored_repo
+    center = sky_map[0][PATCH].getInnerBBox().getCenter()
+    code = (
+        "import lsst.geom\n"
+        "from lsst.daf.butler import Butler\n"
+        f"butler = Butler.from_config({str(path)!r}, collections={RUN!r})\n"
+        f"exposure = butler.get('deep_prior_coadd', {PATCH_ID!r}, band='r', storageClass='ExposureF')\n"
+        "print(*(record['visit'] for record in exposure.getInfo().getCoaddInputs().visits))\n"
+        "correction = exposure.getInfo().getApCorrMap()['base_PsfFlux_instFlux']\n"
+        f"print(correction.evaluate(lsst.geom.Point2D({center.x}, {center.y})))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"DAF_BUTLER_CONFIG_PATH": str(BUTLER_CONFIG)},
+    )
+    visits, correction = result.stdout.splitlines()
+    assert set(map(int, visits.split())) == set(VISITS[1:])
+    assert float(correction) == pytest.approx(CORRECTION, rel=1e-6)
+
+
 def test_companions_from_a_butler(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> None:
     path, sky_map = restored_repo
     butler = Butler.from_config(path, run="warps", writeable=True)
@@ -622,18 +674,18 @@ def test_deconvolution(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> No
     assert result.returncode == 0, result.stdout
     butler = Butler.from_config(path, collections=["u/test/deconvolved", RUN, "warps"])
     deconvolved: Any = butler.get("deconvolved_deep_coadd", PATCH_ID, band="r")
-    restored = butler.get("deep_prior_coadd", PATCH_ID, band="r").to_legacy()
+    restored = butler.get("deep_prior_coadd", PATCH_ID, band="r").image
     catalog: Any = butler.get("object_detection_merged", PATCH_ID)
     assert len(catalog) == len(STARS) + 1  # and a sky object that reaches beyond the coadd
     footprints = lsst.afw.image.ImageI(deconvolved.getBBox())
     for record in catalog:
         record.getFootprint().spans.clippedTo(footprints.getBBox()).setImage(footprints, 1)
     assert not deconvolved.image.array[footprints.array == 0].any()
-    box = restored.getBBox().clippedTo(deconvolved.getBBox())
-    inside = footprints[box].array == 1
+    box = restored.bbox.intersection(Box.from_legacy(deconvolved.getBBox()))
+    inside = footprints[box.to_legacy()].array == 1
     assert inside.any()
-    expected = restored.image[box].array.clip(min=0.0)
-    np.testing.assert_array_equal(deconvolved.image[box].array[inside], expected[inside])
+    expected = restored[box].array.clip(min=0.0)
+    np.testing.assert_array_equal(deconvolved.image[box.to_legacy()].array[inside], expected[inside])
 
 
 def test_standard_tasks(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> None:
