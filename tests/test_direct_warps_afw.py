@@ -193,6 +193,7 @@ def test_cells_are_those_of_the_sky_map(sky_map: lsst.skymap.BaseSkyMap, geometr
         assert found == Box.from_legacy(box)
     assert cells.grid_size.as_tuple() == (5, 5)
     assert geometry.patch.inner_bbox == Box.from_legacy(patch_info.getInnerBBox())
+    assert (geometry.patch.index.x, geometry.patch.index.y) == tuple(patch_info.getIndex())
     assert cells.bbox.start.y > 0
     point = lsst.geom.Point2D(cells.bbox.x.start + 3.5, cells.bbox.y.start + 60.25)
     sky = geometry.sky_projection.pixel_to_sky(x=point.x, y=point.y)
