@@ -39,6 +39,7 @@ import lsst.pipe.base.testUtils
 import lsst.skymap
 from lsst.coadd.deepprior.direct_warps import PatchGeometry, patch_from_skymap, warp_from_exposure
 from lsst.coadd.deepprior.exposures import to_exposure
+from lsst.coadd.deepprior.finer_skymap_dataset import register_finer_skymap
 from lsst.coadd.deepprior.tasks.deconvolve_with_deep_prior import DeconvolveWithDeepPriorTask
 from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddTask
 from lsst.coadd.deepprior.warps import InvalidWarpError, Warp
@@ -52,7 +53,7 @@ NOISE = 10.0  # nJy in a pixel
 STARS = ((0.3, 0.4, 60000.0), (0.7, 0.3, 30000.0), (0.45, 0.75, 45000.0))
 """Positions x, y as fractions of the patch, and fluxes in nJy."""
 PATCH_ID = {"skymap": "test", "tract": 0, "patch": PATCH}
-BUTLER_CONFIG = Path(__file__).parents[1] / "config" / "butler"
+ROOT = Path(__file__).parents[1]
 PIPELINE = "$COADD_DEEPPRIOR_DIR/pipelines/DRP-deepPrior.yaml"
 RUN = "u/test/run"
 VISITS = (901, 902, 903, 904)
@@ -334,20 +335,29 @@ def measure(exposure: lsst.afw.image.ExposureF, apply_corrections: bool = False)
     return sources.copy(deep=True).asAstropy()
 
 
+def find_stars(catalog: Table, stars: list[tuple[float, float, float]]) -> list[int]:
+    """Check that stars are found where they are, and return their rows.
+
+    The bound is five standard deviations of the position in a single visit, with the widest of the PSFs and
+    noise that is limited by the background.
+    """
+    width, rows = 2.0, []
+    for x, y, flux in stars:
+        distance = np.hypot(catalog["base_SdssCentroid_x"] - x, catalog["base_SdssCentroid_y"] - y)
+        rows.append(int(np.nanargmin(distance)))
+        snr = flux / CORRECTION / (NOISE * np.sqrt(4.0 * np.pi) * width)
+        assert distance[rows[-1]] < 5.0 * np.sqrt(2.0) * width / snr
+    return rows
+
+
 def check_stars(catalog: Table, stars: list[tuple[float, float, float]], correction: float) -> None:
     """Check that stars are found where they are, with their flux divided by a correction.
 
-    The bound of the position is five standard deviations in a single visit, with the widest of the PSFs and
-    noise that is limited by the background. That of the flux lets the restored star be wider than the target
-    PSF by 3 %, which lowers its PSF flux by as much.
+    The bound of the flux lets the restored star be wider than the target PSF by 3 %, which lowers its PSF
+    flux by as much.
     """
-    width = 2.0
-    for x, y, flux in stars:
-        distance = np.hypot(catalog["base_SdssCentroid_x"] - x, catalog["base_SdssCentroid_y"] - y)
-        nearest = int(np.nanargmin(distance))
-        snr = flux / CORRECTION / (NOISE * np.sqrt(4.0 * np.pi) * width)
-        assert distance[nearest] < 5.0 * np.sqrt(2.0) * width / snr
-        assert catalog["base_PsfFlux_instFlux"][nearest] == pytest.approx(flux / correction, rel=0.03)
+    for row, (_, _, flux) in zip(find_stars(catalog, stars), stars, strict=True):
+        assert catalog["base_PsfFlux_instFlux"][row] == pytest.approx(flux / correction, rel=0.03)
 
 
 def check_exposure(exposure: lsst.afw.image.ExposureF, coadd: CellCoadd) -> None:
@@ -623,7 +633,7 @@ def test_exposure_with_all_components(restored_repo: tuple[Path, lsst.skymap.Bas
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | {"DAF_BUTLER_CONFIG_PATH": str(BUTLER_CONFIG)},
+        env=os.environ | {"DAF_BUTLER_CONFIG_PATH": str(ROOT / "config" / "butler")},
     )
     visits, correction = result.stdout.splitlines()
     assert set(map(int, visits.split())) == set(VISITS[1:])
@@ -663,6 +673,32 @@ def test_companions_from_a_butler(restored_repo: tuple[Path, lsst.skymap.BaseSky
         np.testing.assert_allclose(warp.noise[0], SCALES[warp.visit], rtol=1e-6)
         assert np.nanmedian(warp.variance) == pytest.approx(NOISE**2, rel=1e-5)
     assert warps[1].bbox.y.start == corner.y + 30
+
+
+def test_finer_pixels(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> None:
+    """Direct warps restored on pixels of half the size: stars are where they are in these pixels."""
+    path, sky_map = restored_repo
+    register_finer_skymap(Butler.from_config(path, writeable=True), "test", 2, run="finer")
+    result = pipetask(
+        *("run", "-b", path, "-i", "warps,skymaps,finer", "-o", "u/test/finer", "--register-dataset-types"),
+        *("-p", "$COADD_DEEPPRIOR_DIR/pipelines/finerDeepPriorCoadd.yaml#restoration"),
+        *("-C", "deepPriorCoadd:$COADD_DEEPPRIOR_DIR/config/directWarps.py"),
+        *QUICK,
+        *("-c", "deepPriorCoadd:base_steps=240", "-c", "deepPriorCoadd:init=scratch"),
+        *("-c", "deepPriorCoadd:steps=0", "-c", "deepPriorCoadd:cell_size=64"),
+        COADD_DEEPPRIOR_DIR=str(ROOT),
+    )
+    assert result.returncode == 0, result.stdout
+    butler = Butler.from_config(path, collections="u/test/finer")
+    of_band = PATCH_ID | {"skymap": "test_x2", "band": "r"}
+    exposure: Any = butler.get("deep_prior_coadd", of_band, storageClass="ExposureF")
+    tract_wcs, wcs = sky_map[0].getWcs(), exposure.getWcs()
+    stars = []
+    for x, y, flux in stars_of(sky_map):
+        position = wcs.skyToPixel(tract_wcs.pixelToSky(lsst.geom.Point2D(x, y)))
+        assert (position.x, position.y) == pytest.approx((2.0 * x + 0.5, 2.0 * y + 0.5), abs=1e-4)
+        stars.append((position.x, position.y, flux))
+    find_stars(measure(exposure), stars)
 
 
 def test_deconvolution(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> None:
