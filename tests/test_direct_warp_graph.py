@@ -8,7 +8,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +20,7 @@ import pytest
 from run_pipetask import pipetask
 
 from lsst.coadd.deepprior.direct_warps import PatchGeometry
+from lsst.coadd.deepprior.exposures import to_exposure
 from lsst.coadd.deepprior.finer_skymap_dataset import register_finer_skymap
 from lsst.coadd.deepprior.simulate import Scene
 from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddConfig, DeepPriorCoaddConnections
@@ -222,3 +226,20 @@ def test_finer_quantum_finds_its_warps_in_the_normal_skymap(
             assert ref.dataId["patch"] == quantum.dataId["patch"]
             assert ref.dataId["band"] == quantum.dataId["band"]
             assert ref.dataId["day_obs"] > 20200101
+
+
+def test_butler_takes_the_converter_to_exposures() -> None:
+    """The file adds to the Butler's own definitions; a name that it misspells would be left out silently."""
+    code = (
+        "from lsst.daf.butler import StorageClassFactory\n"
+        "exposure = StorageClassFactory().getStorageClass('ExposureF')\n"
+        "print(exposure.converters['lsst.images.cells.CellCoadd'])\n"
+        "print('lsst.images.VisitImage' in exposure.converters, 'coaddInputs' in exposure.components)\n"
+    )
+    config = Path(__file__).parents[1] / "config" / "butler"
+    environment = os.environ | {"DAF_BUTLER_CONFIG_PATH": str(config)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    name = f"{to_exposure.__module__}.{to_exposure.__name__}"
+    assert result.stdout.splitlines() == [name, "True True"]

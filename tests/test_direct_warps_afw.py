@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,10 @@ pytest.importorskip("lsst.meas.base")
 pytest.importorskip("lsst.skymap")
 
 import astropy.time
+from astropy.table import Table
 from run_pipetask import QUICK, pipetask
 
+import lsst.afw.detection
 import lsst.afw.geom
 import lsst.afw.image
 import lsst.afw.math
@@ -29,20 +34,28 @@ import lsst.afw.table
 import lsst.geom
 import lsst.meas.algorithms
 import lsst.meas.base
+import lsst.pex.exceptions
+import lsst.pipe.base.testUtils
 import lsst.skymap
 from lsst.coadd.deepprior.direct_warps import PatchGeometry, patch_from_skymap, warp_from_exposure
 from lsst.coadd.deepprior.exposures import to_exposure
+from lsst.coadd.deepprior.finer_skymap_dataset import register_finer_skymap
 from lsst.coadd.deepprior.tasks.deconvolve_with_deep_prior import DeconvolveWithDeepPriorTask
 from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddTask
 from lsst.coadd.deepprior.warps import InvalidWarpError, Warp
 from lsst.daf.butler import Butler, DatasetType, Timespan
 from lsst.images import Box
+from lsst.images.cells import CellCoadd
 from lsst.pipe.base import Struct
 
 PATCH = 4  # in the second row of patches, so that its pixels do not start at (0, 0)
 NOISE = 10.0  # nJy in a pixel
 STARS = ((0.3, 0.4, 60000.0), (0.7, 0.3, 30000.0), (0.45, 0.75, 45000.0))
 """Positions x, y as fractions of the patch, and fluxes in nJy."""
+PATCH_ID = {"skymap": "test", "tract": 0, "patch": PATCH}
+ROOT = Path(__file__).parents[1]
+PIPELINE = "$COADD_DEEPPRIOR_DIR/pipelines/DRP-deepPrior.yaml"
+RUN = "u/test/run"
 VISITS = (901, 902, 903, 904)
 CORRECTION = 1.03
 LEFT, RIGHT = 11, 12
@@ -181,6 +194,7 @@ def test_cells_are_those_of_the_sky_map(sky_map: lsst.skymap.BaseSkyMap, geometr
         assert found == Box.from_legacy(box)
     assert cells.grid_size.as_tuple() == (5, 5)
     assert geometry.patch.inner_bbox == Box.from_legacy(patch_info.getInnerBBox())
+    assert (geometry.patch.index.x, geometry.patch.index.y) == tuple(patch_info.getIndex())
     assert cells.bbox.start.y > 0
     point = lsst.geom.Point2D(cells.bbox.x.start + 3.5, cells.bbox.y.start + 60.25)
     sky = geometry.sky_projection.pixel_to_sky(x=point.x, y=point.y)
@@ -286,62 +300,111 @@ def test_exposure_without_calibration_or_psf_is_refused(
         warp_from_exposure(exposure, data_id(VISITS[0]), geometry)
 
 
-def check_exposure(exposure: lsst.afw.image.ExposureF, geometry: PatchGeometry) -> None:
-    """Check that an exposure has what the measurement tasks ask for, and measure the stars on it."""
-    grid = geometry.patch.cells
-    assert exposure.getBBox() == grid.bbox.to_legacy()
-    assert exposure.getFilter().bandLabel == "r"
-    assert exposure.getPhotoCalib().getCalibrationMean() == 1.0
-    assert {"NO_DATA", "SAT", "CR", "INEXACT_PSF", "PRIOR_CARRIED"} <= set(exposure.mask.getMaskPlaneDict())
-    for point in (grid.bbox.to_legacy().getCenter(), exposure.getBBox().getMin()):
-        position = lsst.geom.Point2D(point)
-        psf = exposure.getPsf()
-        np.testing.assert_allclose(psf.computeKernelImage(position).array.sum(), 1.0, rtol=1e-3)
-        np.testing.assert_allclose(psf.computeImage(position).array.sum(), 1.0, rtol=1e-2)
-        assert 0.7 < psf.computeShape(position).getDeterminantRadius() < 0.95
-
+def detect(exposure: lsst.afw.image.ExposureF) -> lsst.afw.table.SourceCatalog:
     schema = lsst.afw.table.SourceTable.makeMinimalSchema()
-    detect = lsst.meas.algorithms.SourceDetectionTask.ConfigClass()
-    detect.reEstimateBackground = False
-    detect.thresholdValue = 50.0
-    detection = lsst.meas.algorithms.SourceDetectionTask(schema=schema, config=detect)
-    measure = lsst.meas.base.SingleFrameMeasurementTask.ConfigClass()
-    measure.plugins.names = [
+    return detection_task(schema).run(lsst.afw.table.SourceTable.make(schema), exposure).sources
+
+
+def detection_task(schema: lsst.afw.table.Schema) -> lsst.meas.algorithms.SourceDetectionTask:
+    config = lsst.meas.algorithms.SourceDetectionTask.ConfigClass()
+    config.reEstimateBackground = False
+    config.thresholdValue = 50.0
+    return lsst.meas.algorithms.SourceDetectionTask(schema=schema, config=config)
+
+
+def measure(exposure: lsst.afw.image.ExposureF, apply_corrections: bool = False) -> Table:
+    """Detect sources and measure them as single-frame measurement does, and correct fluxes if asked to."""
+    schema = lsst.afw.table.SourceTable.makeMinimalSchema()
+    detection = detection_task(schema)
+    config = lsst.meas.base.SingleFrameMeasurementTask.ConfigClass()
+    config.plugins.names = [
         "base_SdssCentroid",
         "base_SdssShape",
         "base_PsfFlux",
         "base_PixelFlags",
         "base_CircularApertureFlux",
     ]
-    measure.slots.gaussianFlux = measure.slots.modelFlux = measure.slots.calibFlux = None
-    measure.slots.apFlux = None
-    measurement = lsst.meas.base.SingleFrameMeasurementTask(schema=schema, config=measure)
-    table = lsst.afw.table.SourceTable.make(schema)
-    sources = detection.run(table, exposure).sources
+    config.slots.gaussianFlux = config.slots.modelFlux = config.slots.calibFlux = None
+    config.slots.apFlux = None
+    measurement = lsst.meas.base.SingleFrameMeasurementTask(schema=schema, config=config)
+    correction = lsst.meas.base.ApplyApCorrTask(schema=schema) if apply_corrections else None
+    sources = detection.run(lsst.afw.table.SourceTable.make(schema), exposure).sources
     measurement.run(sources, exposure)
-    catalog = sources.copy(deep=True).asAstropy()
-    box = lsst.geom.Box2I(grid.bbox.to_legacy())
-    for x, y, flux in star_positions_in(geometry, box):
+    if correction is not None:
+        correction.run(sources, exposure.getInfo().getApCorrMap())
+    return sources.copy(deep=True).asAstropy()
+
+
+def find_stars(catalog: Table, stars: list[tuple[float, float, float]]) -> list[int]:
+    """Check that stars are found where they are, and return their rows.
+
+    The bound is five standard deviations of the position in a single visit, with the widest of the PSFs and
+    noise that is limited by the background.
+    """
+    width, rows = 2.0, []
+    for x, y, flux in stars:
         distance = np.hypot(catalog["base_SdssCentroid_x"] - x, catalog["base_SdssCentroid_y"] - y)
-        nearest = int(np.nanargmin(distance))
-        assert distance[nearest] < 0.3
-        assert catalog["base_PsfFlux_instFlux"][nearest] == pytest.approx(flux / CORRECTION, rel=0.08)
+        rows.append(int(np.nanargmin(distance)))
+        snr = flux / CORRECTION / (NOISE * np.sqrt(4.0 * np.pi) * width)
+        assert distance[rows[-1]] < 5.0 * np.sqrt(2.0) * width / snr
+    return rows
 
 
-def star_positions_in(geometry: PatchGeometry, box: lsst.geom.Box2I) -> list[tuple[float, float, float]]:
-    """Return the stars, which are placed by fractions of the outer box, with its border of 5 pixels."""
-    box.grow(5)
-    return star_positions(box)
+def check_stars(catalog: Table, stars: list[tuple[float, float, float]], correction: float) -> None:
+    """Check that stars are found where they are, with their flux divided by a correction.
+
+    The bound of the flux lets the restored star be wider than the target PSF by 3 %, which lowers its PSF
+    flux by as much.
+    """
+    for row, (_, _, flux) in zip(find_stars(catalog, stars), stars, strict=True):
+        assert catalog["base_PsfFlux_instFlux"][row] == pytest.approx(flux / correction, rel=0.03)
 
 
-def test_restored_coadd_as_exposure(restored: Struct, geometry: PatchGeometry) -> None:
+def check_exposure(exposure: lsst.afw.image.ExposureF, coadd: CellCoadd) -> None:
+    """Check that an exposure has the pixels of a coadd of which each cell is covered, and its components."""
+    bbox = coadd.bbox.to_legacy()
+    assert exposure.getBBox() == bbox
+    np.testing.assert_array_equal(exposure.image.array, coadd.image.array)
+    np.testing.assert_array_equal(exposure.variance.array, coadd.variance.array)
+    for plane in ("NO_DATA", "SAT", "CR", "REJECTED", "INEXACT_PSF", "FEW_VISITS", "PRIOR_CARRIED"):
+        bit = exposure.mask.getPlaneBitMask(plane)
+        np.testing.assert_array_equal(exposure.mask.array & bit != 0, coadd.mask.get(plane))
+    assert exposure.getFilter().bandLabel == "r"
+    assert exposure.getPhotoCalib().getCalibrationMean() == 1.0
+    center = lsst.geom.Point2D(bbox.getCenter())
+    sky = exposure.getWcs().pixelToSky(center)
+    expected = coadd.sky_projection.pixel_to_sky(x=center.x, y=center.y)
+    np.testing.assert_allclose(sky.getRa().asDegrees(), expected.ra.deg, rtol=0.0, atol=1e-9)
+    np.testing.assert_allclose(sky.getDec().asDegrees(), expected.dec.deg, rtol=0.0, atol=1e-9)
+    psf = exposure.getPsf()
+    target = lsst.meas.algorithms.SingleGaussianPsf(25, 25, 2.0 / np.sqrt(8.0 * np.log(2.0)))
+    radius = target.computeShape(lsst.geom.Point2D(0.0, 0.0)).getDeterminantRadius()
+    for cell in coadd.bounds.cell_indices():
+        box = lsst.geom.Box2D(coadd.grid.bbox_of(cell).to_legacy())
+        upper = lsst.geom.Point2D(np.nextafter(box.getMaxX(), -np.inf), np.nextafter(box.getMaxY(), -np.inf))
+        for position in (box.getMin(), box.getCenter(), upper):
+            assert psf.computeKernelImage(position).array.sum() == pytest.approx(1.0, abs=1e-6)
+            # Shifted by half a pixel, it is no longer sampled well; what it loses is 0.3 %.
+            assert psf.computeImage(position).array.sum() == pytest.approx(1.0, abs=0.01)
+            assert psf.computeShape(position).getDeterminantRadius() == pytest.approx(radius, rel=0.01)
+    with pytest.raises(lsst.pex.exceptions.InvalidParameterError):
+        psf.computeKernelImage(lsst.geom.Box2D(bbox).getMax() + lsst.geom.Extent2D(1.0, 1.0))
+
+
+def stars_of(sky_map: lsst.skymap.BaseSkyMap) -> list[tuple[float, float, float]]:
+    return star_positions(sky_map[0][PATCH].getOuterBBox())
+
+
+def test_restored_coadd_as_exposure(restored: Struct, sky_map: lsst.skymap.BaseSkyMap) -> None:
     assert set(restored.coadd.provenance.inputs["visit"]) == set(VISITS)
     assert set(restored.coadd.provenance.inputs["detector"]) == {LEFT, RIGHT}
-    check_exposure(restored.coadd.to_legacy(), geometry)
+    exposure = restored.coadd.to_legacy()
+    check_exposure(exposure, restored.coadd)
+    check_stars(measure(exposure), stars_of(sky_map), CORRECTION)
 
 
 def test_restored_coadd_with_inputs_and_aperture_corrections(
-    restored: Struct, geometry: PatchGeometry
+    restored: Struct, geometry: PatchGeometry, sky_map: lsst.skymap.BaseSkyMap
 ) -> None:
     stitched = restored.coadd.to_legacy_cell_coadd().stitch()
     center = lsst.geom.Point2D(geometry.patch.cells.bbox.to_legacy().getCenter())
@@ -353,7 +416,27 @@ def test_restored_coadd_with_inputs_and_aperture_corrections(
     assert {int(record["visit"]) for record in exposure.getInfo().getCoaddInputs().visits} == set(VISITS)
     field = exposure.getInfo().getApCorrMap()["base_PsfFlux_instFlux"]
     assert field.evaluate(center) == pytest.approx(CORRECTION, rel=1e-6)
-    check_exposure(exposure, geometry)
+    check_exposure(exposure, restored.coadd)
+    check_stars(measure(exposure, apply_corrections=True), stars_of(sky_map), 1.0)
+
+
+def test_cells_without_visit(warps: list[Warp], sky_map: lsst.skymap.BaseSkyMap) -> None:
+    """Visit 904 alone covers the left half only; the rest has no data, and no PSF."""
+    config = DeepPriorCoaddTask.ConfigClass(target_fwhm_pixels=2.0)
+    config.update(init="scratch", base_steps=240, steps=0, n_variance_draws=1, device="cpu")
+    coadd = DeepPriorCoaddTask(config=config).run(warps=warps[-1:]).coadd
+    for exposure in (coadd.to_legacy(), to_exposure(coadd)):
+        box = lsst.geom.Box2D(exposure.getBBox())
+        y = box.getCenterY()
+        assert exposure.getPsf().computeShape(lsst.geom.Point2D(box.getMinX(), y)).getArea() > 0.0
+        with pytest.raises(lsst.pex.exceptions.InvalidParameterError):
+            exposure.getPsf().computeKernelImage(lsst.geom.Point2D(box.getMaxX() - 1.0, y))
+        no_data = exposure.mask.array & exposure.mask.getPlaneBitMask("NO_DATA") != 0
+        assert no_data[:, -80:].all()
+        assert not no_data[:, :80].any()
+        left = [star for star in stars_of(sky_map) if star[0] < box.getCenterX() - 20.0]
+        assert len(left) == 1
+        check_stars(measure(exposure), left, CORRECTION)
 
 
 def test_restored_coadd_for_the_deblender(restored: Struct, sky_map: lsst.skymap.BaseSkyMap) -> None:
@@ -370,10 +453,66 @@ def test_restored_coadd_for_the_deblender(restored: Struct, sky_map: lsst.skymap
     np.testing.assert_allclose(inside, np.nan_to_num(restored.coadd.image.array).clip(min=0.0))
 
 
-@pytest.fixture
-def repo(tmp_path: Path, sky_map: lsst.skymap.BaseSkyMap) -> Path:
-    """A repository with the sky map, four direct warps and their masks, and a selection of three visits."""
-    path = tmp_path / "repo"
+def test_warp_smaller_than_the_patch(sky_map: lsst.skymap.BaseSkyMap, geometry: PatchGeometry) -> None:
+    exposure = make_exposure(sky_map, VISITS[0])
+    bbox = geometry.patch.cells.bbox
+    box = Box.factory[bbox.y.start + 33 : bbox.y.stop + 9, bbox.x.start - 5 : bbox.x.stop - 21]
+    warp = warp_from_exposure(exposure[box.to_legacy()], data_id(VISITS[0]), geometry)
+    expected = Box.factory[bbox.y.start + 33 : bbox.y.stop, bbox.x.start : bbox.x.stop - 21]
+    assert warp.bbox == expected
+    np.testing.assert_array_equal(warp.image, exposure.image[expected.to_legacy()].array)
+    far = lsst.geom.Box2I(exposure.getBBox().getMin(), lsst.geom.Extent2I(8, 8))
+    with pytest.raises(InvalidWarpError, match="no pixel in common with patch 4"):
+        warp_from_exposure(exposure[far], data_id(VISITS[0]), geometry)
+
+
+def test_other_psfs(sky_map: lsst.skymap.BaseSkyMap, geometry: PatchGeometry) -> None:
+    """A PSF that is defined everywhere, and one of an even size, as kernels may have."""
+    exposure = make_exposure(sky_map, VISITS[-1])
+    exposure.setPsf(lsst.meas.algorithms.SingleGaussianPsf(31, 29, 1.5))
+    warp = warp_from_exposure(exposure, data_id(VISITS[-1]), geometry)
+    assert warp.has_psf.all()
+    assert warp.psf_stamps.shape[-2:] == (31, 31)
+    y, x = np.mgrid[-15:16, -15:16]
+    gaussian = np.exp(-(x**2 + y**2) / (2.0 * 1.5**2))
+    gaussian[[0, -1]] = 0.0
+    np.testing.assert_allclose(warp.psf_stamps[0, 4], gaussian / gaussian.sum(), rtol=0.0, atol=1e-7)
+
+
+def test_psf_is_that_at_the_centers_of_the_cells(
+    sky_map: lsst.skymap.BaseSkyMap, geometry: PatchGeometry
+) -> None:
+    exposure = make_exposure(sky_map, VISITS[0])
+    detectors = exposure.getInfo().getCoaddInputs().ccds
+    detectors[1].setPsf(lsst.meas.algorithms.SingleGaussianPsf(25, 25, 2.4))
+    exposure.setPsf(lsst.meas.algorithms.CoaddPsf(detectors, exposure.getWcs()))
+    stamps = warp_from_exposure(exposure, data_id(VISITS[0]), geometry).psf_stamps
+    size = stamps.shape[-1]
+    whole = lsst.geom.Box2I(lsst.geom.Point2I(-(size // 2), -(size // 2)), lsst.geom.Extent2I(size, size))
+    for cell in sky_map[0][PATCH]:
+        expected = lsst.afw.image.ImageD(whole)
+        center = lsst.geom.Box2D(cell.inner_bbox).getCenter()
+        kernel = exposure.getPsf().computeKernelImage(center)
+        expected[kernel.getBBox()] = kernel
+        inner = geometry.patch.cells.index_of(y=cell.inner_bbox.beginY, x=cell.inner_bbox.beginX)
+        np.testing.assert_allclose(
+            stamps[inner.i, inner.j], expected.array / expected.array.sum(), rtol=0.0, atol=1e-7
+        )
+    peaks = stamps.max(axis=(2, 3))
+    assert (peaks[:, :2] > 1.5 * peaks[:, 3:]).all()
+
+
+SCALES = {VISITS[0]: 1.0, VISITS[1]: 2.5, VISITS[2]: 1.0, VISITS[3]: 0.25}
+"""What carries the pixels of the visits in the repositories to nJy."""
+
+
+def make_repo(path: Path, sky_map: lsst.skymap.BaseSkyMap) -> None:
+    """Make a repository with a sky map, four direct warps with all companions, and a selection of three.
+
+    Of the selected visits the first is in counts, the second is smaller than the patch, and the third is in
+    counts and covers one half only. All have a pixel that is marked as an artifact, and one into which too
+    many masked pixels were resampled.
+    """
     Butler.makeRepo(str(path))
     butler = Butler.from_config(path, writeable=True, run="warps")
     registry = butler.registry
@@ -398,39 +537,230 @@ def repo(tmp_path: Path, sky_map: lsst.skymap.BaseSkyMap) -> Path:
         )
     sky_map.register("test", butler)
     lsst.afw.image.Mask.addMaskPlane("CLIPPED")
-    patch = {"skymap": "test", "tract": 0, "patch": PATCH}
     of_warp = ("skymap", "tract", "patch", "instrument", "visit")
-    of_selection = ("instrument", "skymap", "tract", "patch", "band")
+    of_patch = ("skymap", "tract", "patch", "band")
     for name, dimensions, storage_class in (
         ("direct_warp", of_warp, "ExposureF"),
+        ("direct_warp_masked_fraction", of_warp, "ImageF"),
+        ("direct_warp_noise0", of_warp, "MaskedImageF"),
         ("compare_warp_artifact_mask", of_warp, "Mask"),
-        ("deep_coadd_visit_selection", of_selection, "StructuredDataDict"),
+        ("deep_coadd_visit_selection", ("instrument", *of_patch), "StructuredDataDict"),
+        ("deep_coadd", of_patch, "ExposureF"),
+        ("object_detection_merged", ("skymap", "tract", "patch"), "SourceCatalog"),
     ):
         registry.registerDatasetType(DatasetType(name, dimensions, storage_class, universe=butler.dimensions))
+    inside = sky_map[0][PATCH].getOuterBBox()
+    corner = inside.getMin()
     for visit in VISITS:
-        exposure = make_exposure(sky_map, visit)
-        butler.put(exposure, "direct_warp", patch, instrument="Cam", visit=visit)
-        inside = exposure.mask[sky_map[0][PATCH].getOuterBBox()]
-        butler.put(inside, "compare_warp_artifact_mask", patch, instrument="Cam", visit=visit)
+        exposure = make_exposure(sky_map, visit, SCALES[visit])
+        if visit == VISITS[2]:
+            small = lsst.geom.Box2I(corner + lsst.geom.Extent2I(0, 30), inside.getMax())
+            exposure = exposure[small]
+        artifacts = exposure.mask[exposure.getBBox().clippedTo(inside)].clone()
+        artifacts[corner + lsst.geom.Extent2I(60, 50)] |= artifacts.getPlaneBitMask("CLIPPED")
+        fraction = lsst.afw.image.ImageF(exposure.getBBox())
+        fraction[corner + lsst.geom.Extent2I(60, 57)] = 0.6
+        noise = lsst.afw.image.MaskedImageF(exposure.getBBox())
+        noise.image.array[:, :] = 1.0
+        for name, dataset in (
+            ("direct_warp", exposure),
+            ("direct_warp_masked_fraction", fraction),
+            ("direct_warp_noise0", noise),
+            ("compare_warp_artifact_mask", artifacts),
+        ):
+            butler.put(dataset, name, PATCH_ID, instrument="Cam", visit=visit)
     selection = dict.fromkeys(VISITS[1:], True)
-    butler.put(selection, "deep_coadd_visit_selection", patch, instrument="Cam", band="r")
-    return path
+    butler.put(selection, "deep_coadd_visit_selection", PATCH_ID, instrument="Cam", band="r")
+    coadd = make_exposure(sky_map, VISITS[0])
+    butler.put(coadd, "deep_coadd", PATCH_ID, band="r")
+    catalog = detect(coadd)
+    beyond = lsst.afw.geom.SpanSet.fromShape(8, offset=coadd.getBBox().getMax())
+    catalog.addNew().setFootprint(lsst.afw.detection.Footprint(beyond))
+    butler.put(catalog, "object_detection_merged", PATCH_ID)
 
 
-def test_pipetask(repo: Path, geometry: PatchGeometry) -> None:
-    """Direct warps from a Butler, and the restored coadd read back from it as an exposure."""
+@pytest.fixture(scope="module", params=[True, False], ids=["cells", "no_cells"])
+def restored_repo(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, lsst.skymap.BaseSkyMap]:
+    """A repository with the coadd that pipetask has restored, and its sky map, with cells or without."""
+    sky_map = make_sky_map(cells=request.param)
+    path = tmp_path_factory.mktemp("direct_warps") / "repo"
+    make_repo(path, sky_map)
     result = pipetask(
-        *("run", "-b", repo, "-i", "warps,skymaps", "-o", "u/test/run", "--register-dataset-types"),
-        *("-p", "$COADD_DEEPPRIOR_DIR/pipelines/DRP-deepPrior.yaml#catalogue"),
+        *("run", "-b", path, "-i", "warps,skymaps", "-o", RUN, "--register-dataset-types"),
+        *("-p", f"{PIPELINE}#catalogue"),
         *QUICK,
         *("-c", "deepPriorCoadd:base_steps=240", "-c", "deepPriorCoadd:init=scratch"),
         *("-c", "deepPriorCoadd:steps=0", "-c", "deepPriorCoadd:target_fwhm_pixels=2.0"),
+        *("-c", "deepPriorCoadd:max_masked_fraction=0.5", "-c", "deepPriorCoadd:cell_size=64"),
     )
     assert result.returncode == 0, result.stdout
-    butler = Butler.from_config(repo, collections="u/test/run")
-    patch = {"skymap": "test", "tract": 0, "patch": PATCH, "band": "r"}
-    coadd = butler.get("deep_prior_coadd", patch)
+    return path, sky_map
+
+
+def test_pipetask(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> None:
+    """Direct warps from a Butler, and the restored coadd read back from it in all its forms."""
+    path, sky_map = restored_repo
+    butler = Butler.from_config(path, collections=RUN)
+    coadd = butler.get("deep_prior_coadd", PATCH_ID, band="r")
     assert set(coadd.provenance.inputs["visit"]) == set(VISITS[1:])
-    check_exposure(butler.get("deep_prior_coadd", patch, storageClass="ExposureF"), geometry)
-    cells: Any = butler.get("deep_prior_coadd", patch, storageClass="MultipleCellCoadd")
+    exposure: Any = butler.get("deep_prior_coadd", PATCH_ID, band="r", storageClass="ExposureF")
+    check_exposure(exposure, coadd)
+    check_stars(measure(exposure), stars_of(sky_map), CORRECTION)
+    cells: Any = butler.get("deep_prior_coadd", PATCH_ID, band="r", storageClass="MultipleCellCoadd")
     assert cells.stitch().asExposure().getInfo().getCoaddInputs() is not None
+    exposure = to_exposure(coadd)
+    check_exposure(exposure, coadd)
+    check_stars(measure(exposure, apply_corrections=True), stars_of(sky_map), 1.0)
+
+
+def test_exposure_with_all_components(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> None:
+    """The storage classes of this package have the Butler convert coadds to exposures that lack nothing."""
+    path, sky_map = restored_repo
+    center = sky_map[0][PATCH].getInnerBBox().getCenter()
+    code = (
+        "import lsst.geom\n"
+        "from lsst.daf.butler import Butler\n"
+        f"butler = Butler.from_config({str(path)!r}, collections={RUN!r})\n"
+        f"exposure = butler.get('deep_prior_coadd', {PATCH_ID!r}, band='r', storageClass='ExposureF')\n"
+        "print(*(record['visit'] for record in exposure.getInfo().getCoaddInputs().visits))\n"
+        "correction = exposure.getInfo().getApCorrMap()['base_PsfFlux_instFlux']\n"
+        f"print(correction.evaluate(lsst.geom.Point2D({center.x}, {center.y})))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"DAF_BUTLER_CONFIG_PATH": str(ROOT / "config" / "butler")},
+    )
+    visits, correction = result.stdout.splitlines()
+    assert set(map(int, visits.split())) == set(VISITS[1:])
+    assert float(correction) == pytest.approx(CORRECTION, rel=1e-6)
+
+
+def test_companions_from_a_butler(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> None:
+    path, sky_map = restored_repo
+    butler = Butler.from_config(path, run="warps", writeable=True)
+    butler.put(sky_map, "skyMap", skymap="test")  # makeQuantum looks for inputs in one run only
+    config = DeepPriorCoaddTask.ConfigClass(warp_form="exposure", cell_size=64, n_noise_warps=1)
+    config.update(select_visits=True, use_artifact_masks=True, max_masked_fraction=0.5)
+    task = DeepPriorCoaddTask(config=config)
+    of_band = PATCH_ID | {"band": "r"}
+    names = ("direct_warps", "artifact_masks", "masked_fractions", "noise0_warps")
+    of_warps = [PATCH_ID | {"instrument": "Cam", "visit": visit} for visit in VISITS]
+    outputs = dict.fromkeys(("coadd", "residual", "outliers", "metrics"), of_band)
+    quantum = lsst.pipe.base.testUtils.makeQuantum(
+        task,
+        butler,
+        of_band,
+        dict.fromkeys(names, of_warps)
+        | {"selected_visits": [of_band | {"instrument": "Cam"}], "sky_map": {"skymap": "test"}}
+        | outputs,
+    )
+    run = lsst.pipe.base.testUtils.runTestQuantum(task, butler, quantum, mockRun=True)
+    warps = run.call_args.kwargs["warps"]
+    assert [warp.visit for warp in warps] == list(VISITS[1:])
+    corner = Box.from_legacy(sky_map[0][PATCH].getOuterBBox()).start
+    for warp in warps:
+        start = warp.bbox.start
+        assert np.argwhere(warp.mask.get("BAD")).tolist() == [
+            [corner.y + 57 - start.y, corner.x + 60 - start.x]
+        ]
+        clipped = [[corner.y + 50 - start.y, corner.x + 60 - start.x]]
+        assert np.argwhere(warp.mask.get("CLIPPED")).tolist() == clipped
+        np.testing.assert_allclose(warp.noise[0], SCALES[warp.visit], rtol=1e-6)
+        assert np.nanmedian(warp.variance) == pytest.approx(NOISE**2, rel=1e-5)
+    assert warps[1].bbox.y.start == corner.y + 30
+
+
+def test_finer_pixels(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> None:
+    """Direct warps restored on pixels of half the size: stars are where they are in these pixels."""
+    path, sky_map = restored_repo
+    register_finer_skymap(Butler.from_config(path, writeable=True), "test", 2, run="finer")
+    result = pipetask(
+        *("run", "-b", path, "-i", "warps,skymaps,finer", "-o", "u/test/finer", "--register-dataset-types"),
+        *("-p", "$COADD_DEEPPRIOR_DIR/pipelines/finerDeepPriorCoadd.yaml#restoration"),
+        *("-C", "deepPriorCoadd:$COADD_DEEPPRIOR_DIR/config/directWarps.py"),
+        *QUICK,
+        *("-c", "deepPriorCoadd:base_steps=240", "-c", "deepPriorCoadd:init=scratch"),
+        *("-c", "deepPriorCoadd:steps=0", "-c", "deepPriorCoadd:cell_size=64"),
+        COADD_DEEPPRIOR_DIR=str(ROOT),
+    )
+    assert result.returncode == 0, result.stdout
+    butler = Butler.from_config(path, collections="u/test/finer")
+    of_band = PATCH_ID | {"skymap": "test_x2", "band": "r"}
+    exposure: Any = butler.get("deep_prior_coadd", of_band, storageClass="ExposureF")
+    tract_wcs, wcs = sky_map[0].getWcs(), exposure.getWcs()
+    stars = []
+    for x, y, flux in stars_of(sky_map):
+        position = wcs.skyToPixel(tract_wcs.pixelToSky(lsst.geom.Point2D(x, y)))
+        assert (position.x, position.y) == pytest.approx((2.0 * x + 0.5, 2.0 * y + 0.5), abs=1e-4)
+        stars.append((position.x, position.y, flux))
+    find_stars(measure(exposure), stars)
+
+
+def test_deconvolution(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> None:
+    path, sky_map = restored_repo
+    result = pipetask(
+        *("run", "-b", path, "-i", f"{RUN},warps,skymaps", "-o", "u/test/deconvolved"),
+        *("--register-dataset-types", "-p"),
+        "$COADD_DEEPPRIOR_DIR/pipelines/_ingredients/deconvolution.yaml#deconvolve",
+    )
+    assert result.returncode == 0, result.stdout
+    butler = Butler.from_config(path, collections=["u/test/deconvolved", RUN, "warps"])
+    deconvolved: Any = butler.get("deconvolved_deep_coadd", PATCH_ID, band="r")
+    restored = butler.get("deep_prior_coadd", PATCH_ID, band="r").image
+    catalog: Any = butler.get("object_detection_merged", PATCH_ID)
+    assert len(catalog) == len(STARS) + 1  # and a sky object that reaches beyond the coadd
+    footprints = lsst.afw.image.ImageI(deconvolved.getBBox())
+    for record in catalog:
+        record.getFootprint().spans.clippedTo(footprints.getBBox()).setImage(footprints, 1)
+    assert not deconvolved.image.array[footprints.array == 0].any()
+    box = restored.bbox.intersection(Box.from_legacy(deconvolved.getBBox()))
+    inside = footprints[box.to_legacy()].array == 1
+    assert inside.any()
+    expected = restored[box].array.clip(min=0.0)
+    np.testing.assert_array_equal(deconvolved.image[box.to_legacy()].array[inside], expected[inside])
+
+
+def test_standard_tasks(restored_repo: tuple[Path, lsst.skymap.BaseSkyMap]) -> None:
+    """Detection, deblending, measurement and forced photometry of Data Release Production."""
+    pytest.importorskip("lsst.pipe.tasks.multiBand")
+    pytest.importorskip("lsst.meas.extensions.scarlet.deconvolveExposureTask")
+    pytest.importorskip("lsst.drp.tasks.forcedPhotCoadd")
+    path, sky_map = restored_repo
+    labels = (
+        "detectDeepPriorPeaks",
+        "mergeDeepPriorDetection",
+        "deconvolveDeepPrior",
+        "deblendDeepPriorFootprints",
+        "measureDeepPriorUnforced",
+        "mergeDeepPriorMeasurement",
+        "measureDeepPriorForced",
+    )
+    result = pipetask(
+        *("run", "-b", path, "-i", f"{RUN},skymaps", "-o", "u/test/objects", "--register-dataset-types"),
+        *("-p", f"{PIPELINE}#{','.join(labels)}"),
+        *("-c", "mergeDeepPriorDetection:priorityList=['r']"),
+        *("-c", "mergeDeepPriorMeasurement:priorityList=['r']"),
+        # More of them would reach beyond the cells of this small patch, where the deconvolution fails.
+        *("-c", "mergeDeepPriorDetection:skyObjects.nSources=3"),
+        *("-c", "measureDeepPriorUnforced:doPropagateFlags=False"),
+    )
+    assert result.returncode == 0, result.stdout
+    butler = Butler.from_config(path, collections="u/test/objects")
+    sources: Any = butler.get("deep_prior_object_unforced_measurement", PATCH_ID, band="r")
+    table = sources.copy(deep=True).asAstropy()
+    check_stars(table, stars_of(sky_map), 1.0)
+    forced: Any = butler.get("deep_prior_object_forced_measurement", PATCH_ID, band="r")
+    bright = np.asarray(table["base_PsfFlux_instFlux"]) > 0.5 * min(flux for *_, flux in STARS)
+    assert bright.sum() == len(STARS)
+    np.testing.assert_allclose(
+        forced["base_PsfFlux_instFlux"][bright], table["base_PsfFlux_instFlux"][bright]
+    )
+    middle = sky_map[0][PATCH].getOuterBBox().getCenter().x
+    # The last visit covers the left half only.
+    expected = np.where(table["base_SdssCentroid_x"] < middle, 3, 2)
+    np.testing.assert_array_equal(table["base_InputCount_value"][bright], expected[bright])

@@ -25,7 +25,8 @@ def to_exposure(coadd: CellCoadd) -> Any:
     """Return a coadd as an exposure that has its inputs and aperture corrections.
 
     ``butler.get(..., storageClass="ExposureF")`` returns an exposure without these two, since afw cannot hold
-    them cell by cell.
+    them cell by cell; with ``config/butler`` of this package in ``DAF_BUTLER_CONFIG_PATH`` the Butler calls
+    this function instead.
 
     Parameters
     ----------

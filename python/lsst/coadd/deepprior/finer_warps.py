@@ -120,13 +120,19 @@ def finer_patch(patch: PatchDefinition, oversampling: int) -> PatchDefinition:
 def _in_pixels(
     projection: SkyProjection[TractFrame], frame: TractFrame, scale: float, offset: float
 ) -> SkyProjection[TractFrame]:
-    """Return a projection in other pixels, of which ``scale * x + offset`` are the present ones."""
+    """Return a projection in other pixels, of which ``scale * x + offset`` are the present ones.
+
+    One that FITS can describe, as those of tracts are, stays a FITS projection: afw reads no other.
+    """
     matrix = np.array([[scale, 0.0, offset], [0.0, scale, offset], [0.0, 0.0, 1.0]])
     step = Transform.affine(frame, projection.pixel_frame, matrix)
     approximation = projection.fits_approximation
+    transform = step.then(projection.pixel_to_sky_transform, remember_components=False)
+    if (wcs := transform.as_fits_wcs(frame.bbox)) is not None:
+        y0, x0 = frame.bbox.start
+        transform = Transform.from_fits_wcs(wcs, frame, projection.sky_frame, x0=x0, y0=y0)
     return SkyProjection(
-        step.then(projection.pixel_to_sky_transform, remember_components=False),
-        None if approximation is None else step.then(approximation.pixel_to_sky_transform),
+        transform, None if approximation is None else step.then(approximation.pixel_to_sky_transform)
     )
 
 

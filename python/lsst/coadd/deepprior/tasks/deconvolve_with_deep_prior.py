@@ -121,10 +121,11 @@ class DeconvolveWithDeepPriorTask(PipelineTask):
         bbox = Box.from_legacy(coadd.getBBox())
         footprints = None
         if catalog is not None:
-            footprints_to_numpy = import_from_stack("lsst.afw.detection").footprintsToNumpy
-            footprints = footprints_to_numpy(
-                catalog, shape=tuple(bbox.shape), xy0=(bbox.x.start, bbox.y.start)
-            )
+            image = import_from_stack("lsst.afw.image").ImageI(coadd.getBBox())
+            for record in catalog:
+                # Sky objects are placed in the whole patch, and may reach beyond a coadd without its border.
+                record.getFootprint().spans.clippedTo(coadd.getBBox()).setImage(image, 1)
+            footprints = image.array
         coadd.image.array[:, :] = deconvolved_pixels(restored, bbox, footprints)
         return Struct(deconvolved=coadd)
 
