@@ -106,6 +106,12 @@ class BandLight:
         return statistics.seen[0], statistics.coverage[0]
 
     @property
+    def depth(self) -> torch.Tensor:
+        """Inverse variance with which the band sees a pixel (`torch.Tensor`, (y, x), 1/nJy^2)."""
+        # Far from all visits, rounding leaves it a little below zero.
+        return self.sets.sensitivity[0].clamp_min(0.0)
+
+    @property
     def coverage(self) -> torch.Tensor:
         """Part of a prediction that has data (`torch.Tensor`, (y, x))."""
         return self._statistics[1]
@@ -180,7 +186,7 @@ def _templates(bands: Sequence[BandLight]) -> list[tuple[torch.Tensor, torch.Ten
             expected = bands[n].significance(ratio * source.latent)
             absent[n] = bands[n].smoothed(_posterior(bands[n].seen, expected)[1], expected)
         for n, ratio in ratios.items():
-            weight = source.sets.sensitivity[0] / ratio**2
+            weight = source.depth / ratio**2
             depth[n] += weight
             thirds = [image for third, image in absent.items() if third != n]
             if thirds:
@@ -223,9 +229,8 @@ def coupled(bands: Sequence[BandLight]) -> list[PointSources]:
         colour = band.smoothed(_posterior(band.seen, expected)[0], expected)
         light = colour * template
         misfit = (band.seen - band.significance(light)).abs() / _MISFIT
-        own_depth = band.sets.sensitivity[0]
         tiny = torch.finfo(light.dtype).tiny
-        share = depth / (depth + own_depth).clamp_min(tiny) / (1.0 + misfit**4)
+        share = depth / (depth + band.depth).clamp_min(tiny) / (1.0 + misfit**4)
         # Without data of its own a band keeps what its own restoration says, whatever the others have.
         share = share * band.coverage.clamp(0.0, 1.0)
         mixture = torch.lerp(band.latent, light, share).clamp_min(0.0)
