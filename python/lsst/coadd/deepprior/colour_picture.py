@@ -98,7 +98,8 @@ def draw_colour_picture(
         raise ValueError(f"Red, green and blue are three bands, not {', '.join(bands)}.")
     chosen = list(bands) if bands and set(bands) <= set(images) else choose_bands(images)
     red, green, blue = (np.nan_to_num(images[band]) for band in chosen)
-    picture = make_lupton_rgb(red, green, blue, stretch=_STRETCH * noise, Q=_SOFTENING)
+    with np.errstate(invalid="ignore"):  # of 0 / 0 where all three bands are dark
+        picture = make_lupton_rgb(red, green, blue, stretch=_STRETCH * noise, Q=_SOFTENING)
     height, width = red.shape
     head = 0.5
     size = (width / _DPI, height / _DPI + head)
