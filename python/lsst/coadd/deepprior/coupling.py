@@ -66,6 +66,9 @@ _MISFIT = 4.0
 """Significance m_0 of what the template leaves at which half of it is believed. Chosen on the same scenes: 2
 and 3 have more noise in the sky, 5 lets more light of other bands in."""
 
+_LEAST_DEPTH = 0.01
+"""Part of the largest depth of a band with less of which a pixel counts as not seen."""
+
 _GRID = 25
 """Number of colours, out to 3 s, that the posterior is summed over."""
 
@@ -103,7 +106,9 @@ class BandLight:
     @functools.cached_property
     def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         statistics = self.data.linearise(self.sets, self.latent[None])
-        return statistics.seen[0], statistics.coverage[0]
+        # Where nothing is seen, the coverage is a ratio of rounding errors.
+        covered = self.depth > _LEAST_DEPTH * self.depth.max()
+        return statistics.seen[0] * covered, statistics.coverage[0] * covered
 
     @property
     def depth(self) -> torch.Tensor:
