@@ -14,8 +14,6 @@ import dataclasses
 import numpy as np
 from astropy.table import Table, vstack
 
-from lsst.images import YX
-
 from .simulate import Scene
 from .truth import AB_ZERO_POINT, BANDS, SceneConfig
 
@@ -29,6 +27,12 @@ outside, by some 5 per cent in size between these bands (Vulcani et al. 2014, MN
 
 _EDGE = 20
 """Distance in pixels of the sources that exist in one band only from the border of the patch."""
+
+_APART = 48
+"""Side in pixels of the squares of a grid that have one of them at most, in their inner half."""
+
+_APART = 48
+"""Side in pixels of the squares of a grid that have one of them at most, in their inner half."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,20 +123,36 @@ class BandScene(Scene):
         return result
 
     def singles(self) -> Table:
-        """Return the sources that exist in one band only, whose name is in the column ``band``."""
+        """Return the sources that exist in one band only.
+
+        Returns
+        -------
+        singles : `astropy.table.Table`
+            Columns as those of `catalogue`, and ``band``, the band that has the source.
+
+        Raises
+        ------
+        ValueError
+            Raised if the patch has no room for so many of them.
+        """
         config, box = self._bands, self.patch.outer_bbox
         rng = np.random.default_rng([self.config.seed, self.config.patch_id, 7])
         n = config.n_single * len(config.n_visits)
-        low, high = (
-            YX(*(c + sign * _EDGE for c in corner))
-            for corner, sign in (((box.y.min, box.x.min), 1), ((box.y.max, box.x.max), -1))
+        # One in each square of a grid, so that none has another in its neighbourhood.
+        rows, columns = ((extent.size - 2 * _EDGE) // _APART for extent in (box.y, box.x))
+        if n > rows * columns:
+            raise ValueError(f"The patch has room for {rows * columns} single-band sources, not for {n}.")
+        row, column = np.divmod(rng.permutation(rows * columns)[:n], columns)
+        y, x = (
+            start + _EDGE + _APART * (place + rng.uniform(0.25, 0.75, n))
+            for start, place in ((box.y.start, row), (box.x.start, column))
         )
         return Table(
             {
                 "id": -1 - np.arange(n),
                 "type": np.full(n, "star"),
-                "x": rng.uniform(low.x, high.x, n),
-                "y": rng.uniform(low.y, high.y, n),
+                "x": x,
+                "y": y,
                 "pair_id": np.full(n, -1),
                 "hlr": np.zeros(n),
                 "sersic_n": np.zeros(n),
