@@ -66,7 +66,7 @@ def make_scene(family: str, seed: int) -> BenchScene:
     )
 
 
-def bench_scene(scene: Scene, warps: Sequence[Warp] | None = None) -> BenchScene:
+def bench_scene(scene: Scene, warps: Sequence[Warp] | None = None, *, band: str = BAND) -> BenchScene:
     """Return a simulated scene as arrays.
 
     Parameters
@@ -75,6 +75,8 @@ def bench_scene(scene: Scene, warps: Sequence[Warp] | None = None) -> BenchScene
         The scene.
     warps : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.warps.Warp`], optional
         Its visits, where they are already there.
+    band : `str`, optional
+        Their band.
 
     Returns
     -------
@@ -83,9 +85,9 @@ def bench_scene(scene: Scene, warps: Sequence[Warp] | None = None) -> BenchScene
     """
     numbers = range(scene.config.n_visits)
     if warps is None:
-        warps = [scene.warp(number, BAND) for number in numbers]
+        warps = [scene.warp(number, band) for number in numbers]
     cells, box = scene.patch.cells, scene.patch.outer_bbox
-    catalogue, scale = scene.catalogue(BAND), scene.config.pixel_scale
+    catalogue, scale = scene.catalogue(band), scene.config.pixel_scale
     return BenchScene(
         observations=[warp.observation(BAD_PLANES) for warp in warps],
         layout=CellLayout(cells.grid_size.i, cells.grid_size.j, cells.cell_shape.y, cells.cell_shape.x),
@@ -93,5 +95,5 @@ def bench_scene(scene: Scene, warps: Sequence[Warp] | None = None) -> BenchScene
         pixel_scale=scale,
         catalogue=catalogue,
         wide_truth=render(catalogue, TARGET_SIGMA, box.padded(MARGIN), pixel_scale=scale),
-        artifacts=np.array([scene.artifacts(number, BAND) for number in numbers]),
+        artifacts=np.array([scene.artifacts(number, band) for number in numbers]),
     )

@@ -11,6 +11,7 @@ __all__ = (
     "PSF_ERRORS",
     "AcceleratedSteps",
     "MaximumLikelihood",
+    "gaussian_smooth",
     "inner_smooth",
     "maximum_likelihood",
     "maximum_likelihood_step",
@@ -77,12 +78,25 @@ def inner_smooth(latent: torch.Tensor, sigma: float) -> torch.Tensor:
     image : `torch.Tensor`, (..., y, x)
         The image x, whose PSF is the target.
     """
-    return _convolved(latent, gaussian_stamp(inner_sigma(sigma)))
+    return gaussian_smooth(latent, inner_sigma(sigma))
 
 
-def _convolved(images: torch.Tensor, stamp: np.ndarray) -> torch.Tensor:
-    """Convolve images (..., y, x), which are zero outside, with a round Gaussian stamp of odd size."""
-    profile = torch.as_tensor(stamp.sum(axis=0), dtype=images.dtype, device=images.device)
+def gaussian_smooth(images: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Convolve images with a round Gaussian that is sampled at pixel centres.
+
+    Parameters
+    ----------
+    images : `torch.Tensor`, (..., y, x)
+        Images; they are zero outside.
+    sigma : `float`
+        Sigma in pixels.
+
+    Returns
+    -------
+    smooth : `torch.Tensor`, (..., y, x)
+        The convolved images.
+    """
+    profile = torch.as_tensor(gaussian_stamp(sigma).sum(axis=0), dtype=images.dtype, device=images.device)
     half = len(profile) // 2
     flat = images.reshape(-1, 1, *images.shape[-2:])
     flat = torch.nn.functional.conv2d(flat, profile[None, None, :, None], padding=(half, 0))
@@ -196,7 +210,7 @@ def robust_start(data: PatchData, sets: VisitSets) -> tuple[torch.Tensor, torch.
     sensitivity = sets.gram.forward(torch.ones_like(sets.sensitivity))
     noise = sensitivity.clamp_min(torch.finfo(data.dtype).tiny).rsqrt()
     median = data.lower_median(sets)
-    smooth = torch.maximum(_convolved(median, gaussian_stamp(seeing)), 0.1 * noise)
+    smooth = torch.maximum(gaussian_smooth(median, seeing), 0.1 * noise)
     bright = (smooth / (_BRIGHT * noise)).square()
     sharp = torch.lerp(smooth, torch.maximum(median, 0.1 * noise), bright / (1.0 + bright))
     return smooth * (sensitivity > 0), sharp * (sensitivity > 0)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("data_steps",)
+__all__ = ("data_steps", "regain_flux")
 
 import torch
 
@@ -64,6 +64,33 @@ def data_steps(data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: tor
         The image with the steps taken, in nJy.
     """
     noise = data.matched_noise()
+    latent = regain_flux(data, sets, latent, gate)
+    significance = torch.where(noise > 0.0, sets.gram.forward(latent[None])[0] / noise, torch.inf).square()
+    return latent / (1.0 + _UNCLAIMED**2 / significance.clamp_min(torch.finfo(latent.dtype).tiny))
+
+
+def regain_flux(
+    data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """Take the steps of `data_steps` that give significant sources the flux that the data have.
+
+    Parameters
+    ----------
+    data : `~lsst.coadd.deepprior.statistics.PatchData`
+        The visits.
+    sets : `~lsst.coadd.deepprior.statistics.VisitSets`
+        One set of all visits.
+    latent : `torch.Tensor`, (y, x)
+        Latent image u, in nJy.
+    gate : `torch.Tensor`, (y, x) or `float`, optional
+        By how much a pixel may change, 0 to 1.
+
+    Returns
+    -------
+    latent : `torch.Tensor`, (y, x)
+        The image with the steps taken, in nJy.
+    """
+    noise = data.matched_noise()
     tiny = torch.finfo(latent.dtype).tiny
     statistics: SetStatistics | None = None
     for _ in range(_STEPS):
@@ -77,5 +104,4 @@ def data_steps(data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: tor
         power = gate * significance / (1.0 + significance)
         ratio = (statistics.seen[0] / prediction.clamp_min(tiny)).clamp(0.1, 10.0)
         latent = latent * torch.where(coverage > 0.0, ratio**power, 1.0)
-    significance = torch.where(noise > 0.0, sets.gram.forward(latent[None])[0] / noise, torch.inf).square()
-    return latent / (1.0 + _UNCLAIMED**2 / significance.clamp_min(tiny))
+    return latent

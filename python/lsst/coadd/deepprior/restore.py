@@ -13,7 +13,7 @@ arXiv:1803.04189).
 
 from __future__ import annotations
 
-__all__ = ("Restoration", "RestoreSettings", "restore")
+__all__ = ("FittedPatch", "Restoration", "RestoreSettings", "assemble", "fit_patch", "restore")
 
 import copy
 import dataclasses
@@ -191,6 +191,71 @@ class Restoration:
     metrics: dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class FittedPatch:
+    """A patch of which the sky is restored, and not yet what is known of its errors.
+
+    Parameters
+    ----------
+    observations : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.observation.Observation`]
+        The visits.
+    data : `~lsst.coadd.deepprior.statistics.PatchData`
+        The same visits on their canvas.
+    sets : `~lsst.coadd.deepprior.statistics.VisitSets`
+        One set of all visits.
+    settings : `RestoreSettings`
+        Numerical settings.
+    net : `~lsst.coadd.deepprior.network.Trunk` or `None`
+        The network; `None` where the base is the result.
+    points : `~lsst.coadd.deepprior.point_sources.PointSources`
+        The latent image and the points in it.
+    method : `str`
+        What was done.
+    conditions : `dict` [`str`, `float`]
+        What a trained network is asked whether it knows.
+    outside : `list` [`str`]
+        What it does not know.
+    curves : `dict` [`str`, `list` [`float`]]
+        Objectives against steps.
+    times : `dict` [`str`, `float`]
+        Seconds that the parts took, to be added to.
+    started : `float`
+        When it began, by `time.monotonic`.
+    """
+
+    observations: Sequence[Observation]
+    data: PatchData
+    sets: VisitSets
+    settings: RestoreSettings
+    net: Trunk | None
+    points: PointSources
+    method: str
+    conditions: dict[str, float]
+    outside: list[str]
+    curves: dict[str, list[float]]
+    times: dict[str, float]
+    started: float
+
+    def image(self, latent: torch.Tensor) -> np.ndarray:
+        """Return x = r * u on the pixels of the patch ((y, x), float32, nJy)."""
+        return _image(self.data, latent)
+
+    def restored(self, data: PatchData) -> torch.Tensor:
+        """Restore other pixel values of the same visits in the same way.
+
+        Parameters
+        ----------
+        data : `~lsst.coadd.deepprior.statistics.PatchData`
+            The visits with other pixel values.
+
+        Returns
+        -------
+        latent : `torch.Tensor`, (y, x)
+            Latent image u on the canvas, in nJy.
+        """
+        return _restored_draw(data, self.sets, self.net, self.settings)
+
+
 def restore(
     observations: Sequence[Observation],
     layout: CellLayout,
@@ -245,6 +310,134 @@ def restore(
     Without a trained network a single visit cannot be restored by one, since there is nothing to split: the
     result is the maximum-likelihood base. ``metrics["method"]`` says what was done.
     """
+    fitted = fit_patch(
+        observations,
+        layout,
+        settings,
+        network=network,
+        device=device,
+        progress=progress,
+        checkpoint=checkpoint,
+        batches=batches,
+    )
+    data, sets, net, times = fitted.data, fitted.sets, fitted.net, fitted.times
+    latent = fitted.points.latent
+    mark = time.monotonic()
+    image = _image(data, latent)
+    if not np.isfinite(image).all():
+        raise FloatingPointError("The restored image is not finite; please report this patch.")
+    layers = coadd_layers(data, latent, observations)
+    times["coadd"] = time.monotonic() - mark
+    mark = time.monotonic()
+    correlations = visit_correlations(data, latent, observations)
+    variance, draws, residual_draws = _variance(
+        observations, data, latent, sets, net, settings, correlations, progress
+    )
+    times["noise"] = time.monotonic() - mark
+    mark = time.monotonic()
+    leakage = (
+        _leakage(observations, data, latent, sets, net, settings, correlations, draws[0])
+        if settings.check_psf
+        else []
+    )
+    times["psf"] = time.monotonic() - mark
+    return assemble(fitted, layers, variance, draws, residual_draws, leakage)
+
+
+def assemble(
+    fitted: FittedPatch,
+    layers: CoaddLayers,
+    variance: np.ndarray,
+    draws: list[np.ndarray],
+    residual_draws: list[np.ndarray],
+    leakage: list[dict[str, Any]],
+) -> Restoration:
+    """Put together what was made of a patch.
+
+    Parameters
+    ----------
+    fitted : `FittedPatch`
+        The restored sky.
+    layers : `~lsst.coadd.deepprior.noise.CoaddLayers`
+        Coadds of the visits and of what it leaves of them.
+    variance : `numpy.ndarray`, (y, x)
+        Variance of the restored image, in nJy^2.
+    draws, residual_draws : `list` [`numpy.ndarray`], (y, x)
+        Noise realisations of the restored image and of the residual, in nJy.
+    leakage : `list` [`dict`]
+        What `~lsst.coadd.deepprior.psf_check.measure_leakage` found.
+
+    Returns
+    -------
+    restoration : `Restoration`
+        The result.
+    """
+    data, settings, curves, times = fitted.data, fitted.settings, fitted.curves, fitted.times
+    image, sigma = _image(data, fitted.points.latent), data.sigma
+    covered = layers.n_good > 0
+    plain = Coadd(image, sigma, layers.residual, layers.variance, layers.psf)
+    plain = plain.correlated(block_correlation(data.sampling))
+    carried = prior_carried(image, variance, layers.n_good, plain)
+    times["total"] = time.monotonic() - fitted.started
+    return Restoration(
+        image=image,
+        variance=np.where(covered, variance, np.float32(np.nan)),
+        target_psf=gaussian_stamp(sigma),
+        target_sigma=sigma,
+        coadd=layers.coadd,
+        residual=layers.residual,
+        residual_variance=layers.variance,
+        residual_psf=layers.psf,
+        noise_realizations=draws[: settings.n_noise_realizations],
+        residual_noise_realizations=residual_draws,
+        n_visits=layers.n_visits,
+        n_good=layers.n_good,
+        masked=layers.masked,
+        clipped=layers.clipped,
+        outliers=layers.outliers,
+        prior_carried=carried,
+        cell_weight=layers.weight,
+        cell_good_fraction=data.good_fraction,
+        cell_overlap=data.overlap,
+        curves=curves,
+        metrics=_metrics(
+            fitted.observations,
+            data,
+            layers,
+            image,
+            variance,
+            fitted.method,
+            fitted.conditions,
+            fitted.outside,
+            fitted.points,
+            settings,
+            curves,
+            times,
+            leakage,
+        ),
+    )
+
+
+def fit_patch(
+    observations: Sequence[Observation],
+    layout: CellLayout,
+    settings: RestoreSettings,
+    *,
+    network: TrainedNetwork | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    checkpoint: FitCheckpoint | None = None,
+    batches: Batches | None = None,
+) -> FittedPatch:
+    """Restore the sky of a patch: `restore` without what is known of the errors.
+
+    Parameters, and what is raised, are those of `restore`.
+
+    Returns
+    -------
+    fitted : `FittedPatch`
+        The restored sky.
+    """
     started = time.monotonic()
     data = PatchData(
         observations,
@@ -255,7 +448,6 @@ def restore(
         psf_error=settings.psf_error,
         device=device,
     )
-    sigma = data.sigma
     sets = data.sets()
     times = {"read": time.monotonic() - started}
     curves: dict[str, list[float]] = {"base_step": [], "base_objective": [], "fit_step": [], "held_out": []}
@@ -288,69 +480,21 @@ def restore(
         curves["fit_step"] = [float(step) for step, _ in curve]
         curves["held_out"] = [value for _, value in curve]
     points = _latent(data, sets, net, features)
-    latent = points.latent
     del features
     times["fit"] = time.monotonic() - mark
-    mark = time.monotonic()
-    image = _image(data, latent)
-    if not np.isfinite(image).all():
-        raise FloatingPointError("The restored image is not finite; please report this patch.")
-    layers = coadd_layers(data, latent, observations)
-    times["coadd"] = time.monotonic() - mark
-    mark = time.monotonic()
-    correlations = visit_correlations(data, latent, observations)
-    variance, draws, residual_draws = _variance(
-        observations, data, latent, sets, net, settings, correlations, progress
-    )
-    times["noise"] = time.monotonic() - mark
-    mark = time.monotonic()
-    leakage = (
-        _leakage(observations, data, latent, sets, net, settings, correlations, draws[0])
-        if settings.check_psf
-        else []
-    )
-    times["psf"] = time.monotonic() - mark
-    covered = layers.n_good > 0
-    plain = Coadd(image, sigma, layers.residual, layers.variance, layers.psf)
-    plain = plain.correlated(block_correlation(data.sampling))
-    carried = prior_carried(image, variance, layers.n_good, plain)
-    times["total"] = time.monotonic() - started
-    return Restoration(
-        image=image,
-        variance=np.where(covered, variance, np.float32(np.nan)),
-        target_psf=gaussian_stamp(sigma),
-        target_sigma=sigma,
-        coadd=layers.coadd,
-        residual=layers.residual,
-        residual_variance=layers.variance,
-        residual_psf=layers.psf,
-        noise_realizations=draws[: settings.n_noise_realizations],
-        residual_noise_realizations=residual_draws,
-        n_visits=layers.n_visits,
-        n_good=layers.n_good,
-        masked=layers.masked,
-        clipped=layers.clipped,
-        outliers=layers.outliers,
-        prior_carried=carried,
-        cell_weight=layers.weight,
-        cell_good_fraction=data.good_fraction,
-        cell_overlap=data.overlap,
+    return FittedPatch(
+        observations=observations,
+        data=data,
+        sets=sets,
+        settings=settings,
+        net=net,
+        points=points,
+        method=method,
+        conditions=conditions,
+        outside=outside,
         curves=curves,
-        metrics=_metrics(
-            observations,
-            data,
-            layers,
-            image,
-            variance,
-            method,
-            conditions,
-            outside,
-            points,
-            settings,
-            curves,
-            times,
-            leakage,
-        ),
+        times=times,
+        started=started,
     )
 
 

@@ -7,7 +7,13 @@
 
 from __future__ import annotations
 
-__all__ = ("DeepPriorCoaddConfig", "DeepPriorCoaddConnections", "DeepPriorCoaddTask")
+__all__ = (
+    "BandInputs",
+    "DeepPriorCoaddConfig",
+    "DeepPriorCoaddConnections",
+    "DeepPriorCoaddTask",
+    "visit_psf_refs",
+)
 
 import dataclasses
 import time
@@ -17,7 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsst.coadd.deepprior import __version__
-from lsst.images.cells import CellCoadd, CellGrid
+from lsst.daf.butler import DatasetRef
+from lsst.images import SkyProjection
+from lsst.images.cells import CellCoadd, CellGrid, PatchDefinition
 from lsst.pex.config import ChoiceField, Field, ListField, RangeField
 from lsst.pipe.base import (
     InputQuantizedConnection,
@@ -43,7 +51,7 @@ from .geometry import pixel_scale, pixel_to_sky
 
 if TYPE_CHECKING:
     from ..psf_refinement import PsfRefinement
-    from ..restore import Restoration
+    from ..restore import Restoration, RestoreSettings
     from ..weights import TrainedNetwork
 
 
@@ -318,6 +326,39 @@ def _describe(cells: CellGrid) -> str:
     return f"of {cells.cell_shape.x}x{cells.cell_shape.y} pixels in {cells.bbox}"
 
 
+def visit_psf_refs(psfs: Sequence[CellCoadd], refs: Sequence[DatasetRef]) -> list[DatasetRef]:
+    """Return the references of PSFs of visits; visits that were left out have none."""
+    by_visit = {(ref.dataId["instrument"], ref.dataId["visit"]): ref for ref in refs}
+    visits = [tuple(psf.provenance.inputs[0][["instrument", "visit"]]) for psf in psfs]
+    return [by_visit[str(instrument), int(visit)] for instrument, visit in visits]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BandInputs:
+    """The warps of a patch and band, read once."""
+
+    observations: WarpObservations
+    infos: list[WarpInfo]
+    left_out: list[str]
+    planes: InputPlanes
+    band: str
+    sky_projection: SkyProjection
+    label: str
+    """What messages call the patch and band."""
+    seconds: float
+    """Time that reading took."""
+
+    @property
+    def patch(self) -> PatchDefinition:
+        """The patch (`lsst.images.cells.PatchDefinition`)."""
+        return self.planes.patch
+
+    @property
+    def pixel_scale(self) -> float:
+        """Size of a pixel in arcsec (`float`)."""
+        return pixel_scale(self.sky_projection, self.patch.cells.bbox)
+
+
 class DeepPriorCoaddTask(PipelineTask):
     """Restore a patch from its warps: one image, at a known narrow PSF, and the residual that audits it."""
 
@@ -332,12 +373,7 @@ class DeepPriorCoaddTask(PipelineTask):
         outputRefs: OutputQuantizedConnection,
     ) -> None:
         """Read through handles, run, write."""
-        network = None
-        if self.config.network_from_butler:
-            try:
-                network = network_from_dataset(butlerQC.get(inputRefs.network))
-            except Exception as err:
-                raise RuntimeError(f"The network {inputRefs.network} cannot be used: {err}") from err
+        network = self._read_network(butlerQC, inputRefs)
         checkpoint = None
         if self.config.checkpoint_dir:
             data_id = outputRefs.coadd.dataId
@@ -351,13 +387,21 @@ class DeepPriorCoaddTask(PipelineTask):
             checkpoint=checkpoint,
         )
         if self.config.psf_mode != "known":
-            # Visits that were left out have none.
-            visits = [tuple(psf.provenance.inputs[0][["instrument", "visit"]]) for psf in outputs.visit_psfs]
-            refs = {(ref.dataId["instrument"], ref.dataId["visit"]): ref for ref in outputRefs.visit_psfs}
-            outputRefs.visit_psfs = [refs[str(instrument), int(visit)] for instrument, visit in visits]
+            outputRefs.visit_psfs = visit_psf_refs(outputs.visit_psfs, outputRefs.visit_psfs)
         butlerQC.put(outputs, outputRefs)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
+
+    def _read_network(
+        self, butlerQC: QuantumContext, inputRefs: InputQuantizedConnection
+    ) -> TrainedNetwork | None:
+        """Read the network of the input collections, if that is to be used."""
+        if not self.config.network_from_butler:
+            return None
+        try:
+            return network_from_dataset(butlerQC.get(inputRefs.network))
+        except Exception as err:
+            raise RuntimeError(f"The network {inputRefs.network} cannot be used: {err}") from err
 
     def run(
         self,
@@ -400,17 +444,41 @@ class DeepPriorCoaddTask(PipelineTask):
             is asked for, the network that comes with the package is missing or damaged, or the checkpoint is
             of other inputs or settings.
         """
-        from ..outliers import outlier_table
         from ..parallel import use_threads
-        from ..restore import RestoreSettings
 
         started = time.monotonic()
-        if self.config.init == "scratch":
-            network = None
-        elif network is None:
-            network = self._packaged_network()
+        network = self._network_of_start(network)
         cache = self.config.cache_gib
         cache_bytes = default_cache_bytes(memory_bytes) if cache is None else cache * 2**30
+        inputs = self._gather(warps, cache_bytes)
+        use_threads(n_threads)
+        settings = self._settings(inputs)
+        restoration, refinement, device = restore_on_node(
+            self.config,
+            self.log,
+            inputs.label,
+            inputs.observations,
+            cell_layout(inputs.patch.cells),
+            settings,
+            network,
+            checkpoint,
+        )
+        result = self._outputs(inputs, restoration, refinement, settings, network, device)
+        result.metrics["seconds"]["task"] = time.monotonic() - started
+        self.metadata["n_warps_used"] = len(inputs.infos)
+        self.metadata["n_warps_left_out"] = len(inputs.left_out)
+        self.log.info("%s: restored in %.0f s.", inputs.label, result.metrics["seconds"]["task"])
+        return result
+
+    def _network_of_start(self, network: TrainedNetwork | None) -> TrainedNetwork | None:
+        """Return the network that the configured start takes: the one given, or that of the package."""
+        if self.config.init == "scratch":
+            return None
+        return self._packaged_network() if network is None else network
+
+    def _gather(self, warps: Sequence[Warp], cache_bytes: float) -> BandInputs:
+        """Read the warps of a band once."""
+        started = time.monotonic()
         observations = WarpObservations(warps, self.config.bad_mask_planes, cache_bytes)
         infos: list[WarpInfo] = []
         left_out: list[str] = []
@@ -435,32 +503,38 @@ class DeepPriorCoaddTask(PipelineTask):
             observations.add(index, observation)
         if planes is None:
             raise NoWorkFound(f"None of the {len(warps)} warps has a usable pixel.")
-        read_seconds = time.monotonic() - started
-
-        patch = planes.patch
         frame = sky_projection.pixel_frame
-        label = f"tract {frame.tract}, patch {patch.id}, {band} band"
+        label = f"tract {frame.tract}, patch {planes.patch.id}, {band} band"
         self.log.info("%s: restoring from %d of %d warps.", label, len(infos), len(warps))
-        use_threads(n_threads)
-        scale = pixel_scale(sky_projection, patch.cells.bbox)
+        return BandInputs(
+            observations, infos, left_out, planes, band, sky_projection, label, time.monotonic() - started
+        )
+
+    def _settings(self, inputs: BandInputs) -> RestoreSettings:
+        """Return the numerical settings for a patch."""
+        from ..restore import RestoreSettings
+
         target_fwhm = self.config.target_fwhm_pixels
         if self.config.target_fwhm_arcsec is not None:
-            target_fwhm = self.config.target_fwhm_arcsec / scale
+            target_fwhm = self.config.target_fwhm_arcsec / inputs.pixel_scale
         same = {field.name for field in dataclasses.fields(RestoreSettings)} - {"target_fwhm"}
-        settings = RestoreSettings(
-            target_fwhm=target_fwhm, **{name: getattr(self.config, name) for name in same}
-        )
-        restoration, refinement, device = restore_on_node(
-            self.config,
-            self.log,
-            label,
-            observations,
-            cell_layout(patch.cells),
-            settings,
-            network,
-            checkpoint,
-        )
-        start = self._describe_start(network, restoration, label)
+        return RestoreSettings(target_fwhm=target_fwhm, **{name: getattr(self.config, name) for name in same})
+
+    def _outputs(
+        self,
+        inputs: BandInputs,
+        restoration: Restoration,
+        refinement: PsfRefinement | None,
+        settings: RestoreSettings,
+        network: TrainedNetwork | None,
+        device: str,
+    ) -> Struct:
+        """Make the datasets of a restored band."""
+        from ..outliers import outlier_table
+
+        patch, sky_projection, scale = inputs.patch, inputs.sky_projection, inputs.pixel_scale
+        infos = inputs.infos
+        start = self._describe_start(network, restoration, inputs.label)
         metadata = {
             "deepprior_version": __version__,
             "lsst_images_version": version("lsst-images"),
@@ -479,9 +553,9 @@ class DeepPriorCoaddTask(PipelineTask):
         coadd, residual = make_coadds(
             restoration,
             infos,
-            planes,
+            inputs.planes,
             sky_projection=sky_projection,
-            band=band,
+            band=inputs.band,
             min_visits=self.config.min_visits,
             metadata=metadata,
         )
@@ -501,15 +575,12 @@ class DeepPriorCoaddTask(PipelineTask):
                 }
                 for info, good in zip(infos, restoration.cell_good_fraction, strict=True)
             ],
-            "left_out": left_out,
+            "left_out": inputs.left_out,
             "mask_fractions": mask_shares(coadd),
         }
         if refinement is not None:
-            metrics["psf_refinement"] = self._describe_refinement(refinement, infos, label)
-        metrics["seconds"] |= {"input": read_seconds, "task": time.monotonic() - started}
-        self.metadata["n_warps_used"] = len(infos)
-        self.metadata["n_warps_left_out"] = len(left_out)
-        self.log.info("%s: restored in %.0f s.", label, metrics["seconds"]["task"])
+            metrics["psf_refinement"] = self._describe_refinement(refinement, infos, inputs.label)
+        metrics["seconds"]["input"] = inputs.seconds
         return Struct(
             coadd=coadd, residual=residual, outliers=outliers, metrics=metrics, visit_psfs=visit_psfs
         )

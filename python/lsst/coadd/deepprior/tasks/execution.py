@@ -7,15 +7,15 @@
 
 from __future__ import annotations
 
-__all__ = ("restore_on_node",)
+__all__ = ("open_checkpoint", "refined_observations", "restore_on_node", "run_on_node")
 
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lsst.coadd.deepprior import __version__
 
@@ -25,9 +25,10 @@ from ..observation import Observation
 from ..progress import ProgressLines
 
 if TYPE_CHECKING:
+    from ..batches import Batches
     from ..operators import CellLayout
     from ..psf_refinement import PsfRefinement
-    from ..restore import Restoration, RestoreSettings
+    from ..restore import Progress, Restoration, RestoreSettings
     from ..weights import TrainedNetwork
     from .deep_prior_coadd import DeepPriorCoaddConfig
 
@@ -74,29 +75,13 @@ def restore_on_node(
         Raised if a GPU is asked for and there is none, if its memory does not suffice and the CPU may not be
         used, or if the checkpoint is of other inputs or settings, or its directory cannot be made.
     """
-    import torch
-
-    from ..batches import Batches
-    from ..parallel import keep_freed_memory
-    from ..psf_refinement import CorrectedObservations, refine_psfs
     from ..restore import restore
 
-    warn = partial(log.warning, "%s: %s.", label)
-    device = choose_device(config.device, visible_gpus(warn) if config.device != "cpu" else (), os.getpid())
-    log.info("%s: computing on %s.", label, device)
-    if device != "cpu":
-        torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction, device)
-    progress = ProgressLines(lambda line: log.info("%s, %s.", label, line))
     # The state of a fit belongs to the visits as they are: PSFs that are learned again differ in rounding.
-    kept = _open_checkpoint(config, log, observations, settings, checkpoint)
+    kept = open_checkpoint(config, log, observations, settings, checkpoint)
 
-    def restore_on(device: str) -> tuple[Restoration, PsfRefinement | None, str]:
-        visits, refinement = observations, None
-        if config.psf_mode != "known":
-            refinement = refine_psfs(
-                observations, layout, blind=config.psf_mode == "blind", device=device, progress=progress
-            )
-            visits = CorrectedObservations(observations, refinement)
+    def restore_on(device: str, progress: Progress, batches: Batches) -> tuple[Any, Any]:
+        visits, refinement = refined_observations(config, observations, layout, device, progress)
         restoration = restore(
             visits,
             layout,
@@ -105,36 +90,126 @@ def restore_on_node(
             device=device,
             progress=progress,
             checkpoint=kept,
-            batches=Batches(warn),
+            batches=batches,
         )
-        return restoration, refinement, device
+        return restoration, refinement
 
+    (restoration, refinement), device = run_on_node(config, log, label, restore_on)
+    return restoration, refinement, device
+
+
+def run_on_node[T](
+    config: DeepPriorCoaddConfig,
+    log: logging.Logger | logging.LoggerAdapter,
+    label: str,
+    work: Callable[[str, Progress, Batches], T],
+) -> tuple[T, str]:
+    """Choose a device and do some work on it, or on the CPU if the memory of the device does not suffice.
+
+    Parameters
+    ----------
+    config : `~lsst.coadd.deepprior.tasks.deep_prior_coadd.DeepPriorCoaddConfig`
+        What may be used.
+    log : `logging.Logger` or `logging.LoggerAdapter`
+        Where to say what is used.
+    label : `str`
+        What messages call the patch.
+    work : `~collections.abc.Callable`
+        The work; called with the device, where to tell the progress, and batches.
+
+    Returns
+    -------
+    result
+        What ``work`` returns.
+    device : `str`
+        Where it was done.
+
+    Raises
+    ------
+    RuntimeError
+        Raised if a GPU is asked for and there is none, or if its memory does not suffice and the CPU may not
+        be used.
+    """
+    import torch
+
+    from ..batches import Batches
+    from ..parallel import keep_freed_memory
+
+    warn = partial(log.warning, "%s: %s.", label)
+    device = choose_device(config.device, visible_gpus(warn) if config.device != "cpu" else (), os.getpid())
+    log.info("%s: computing on %s.", label, device)
+    if device != "cpu":
+        torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction, device)
+    progress = ProgressLines(lambda line: log.info("%s, %s.", label, line))
     keep_freed_memory()
     try:
-        return restore_on(device)
+        return work(device, progress, Batches(warn)), device
     except torch.OutOfMemoryError as err:
         if device == "cpu" or not config.cpu_fallback:
             raise
         warn(f"the memory of {device} does not suffice; going on on the CPU ({err})")
     # Behind the handler, where nothing refers to what the failed restoration has allocated.
     torch.cuda.empty_cache()
-    return restore_on("cpu")
+    return work("cpu", progress, Batches(warn)), "cpu"
 
 
-def _open_checkpoint(
+def refined_observations(
+    config: DeepPriorCoaddConfig,
+    observations: Sequence[Observation],
+    layout: CellLayout,
+    device: str,
+    progress: Progress,
+) -> tuple[Sequence[Observation], PsfRefinement | None]:
+    """Return the visits with the PSFs that are to be used, and how these were learned, if they were.
+
+    Parameters
+    ----------
+    config : `~lsst.coadd.deepprior.tasks.deep_prior_coadd.DeepPriorCoaddConfig`
+        What is known of the PSFs.
+    observations, layout, device, progress
+        As in `~lsst.coadd.deepprior.psf_refinement.refine_psfs`.
+    """
+    from ..psf_refinement import CorrectedObservations, refine_psfs
+
+    if config.psf_mode == "known":
+        return observations, None
+    refinement = refine_psfs(
+        observations, layout, blind=config.psf_mode == "blind", device=device, progress=progress
+    )
+    return CorrectedObservations(observations, refinement), refinement
+
+
+def open_checkpoint(
     config: DeepPriorCoaddConfig,
     log: logging.Logger | logging.LoggerAdapter,
     observations: Sequence[Observation],
     settings: RestoreSettings,
     path: Path | None,
+    **further: Any,
 ) -> FitCheckpoint | None:
-    """Say what the state of the fit belongs to."""
+    """Say what the state of the fit belongs to.
+
+    Parameters
+    ----------
+    config, log, observations, settings
+        As in `restore_on_node`.
+    path : `~pathlib.Path` or `None`
+        File that the fit keeps its state in.
+    **further
+        What else it depends on.
+
+    Raises
+    ------
+    RuntimeError
+        Raised if the directory of the file cannot be made.
+    """
     if path is None:
         return None
-    facts = {
+    facts: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
         "inputs": inputs_digest(observations),
         "deepprior_version": __version__,
+        **further,
     }
     if config.psf_mode != "known":
         facts["psf_mode"] = config.psf_mode

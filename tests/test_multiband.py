@@ -1,0 +1,238 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Bands that are restored together: what they gain, and what must stay out of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from toy import gaussian_stars, observe
+
+from lsst.coadd.deepprior.colour_picture import choose_bands, draw_colour_picture, in_order
+from lsst.coadd.deepprior.coupling import BandLight, coupled, typical_ratio
+from lsst.coadd.deepprior.multiband import restore_bands
+from lsst.coadd.deepprior.observation import Observation
+from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.restore import FittedPatch, RestoreSettings, fit_patch, restore
+from lsst.coadd.deepprior.weights import packaged_network
+
+LAYOUT = CellLayout(2, 1, 60, 110)
+"""Two cells that are not square: rows and columns cannot be confused."""
+
+SETTINGS = RestoreSettings(
+    target_fwhm=2.2, base_steps=40, steps=2, n_splits=2, n_variance_draws=1, check_psf=False
+)
+
+COMMON = [(x, y, 400.0) for y in (15.2, 45.4, 75.1, 104.6) for x in (14.3, 40.7, 69.8, 95.4)]
+"""Stars of all bands, (x, y, flux in the r band)."""
+
+RED = 0.6
+"""Flux in the g band over that in the r band."""
+
+FAINT = (56.3, 60.2, 55.0)
+"""A star that the deep bands show, and the shallow one hardly."""
+
+ONLY = (25.6, 30.3, 900.0)
+"""A star of one band."""
+
+
+def band(ratio: float, n_visits: int, *further: tuple[float, float, float], seed: int) -> list[Observation]:
+    """Return the visits of a band: the common stars with some flux ratio, and others."""
+    stars = [(x, y, ratio * flux) for x, y, flux in [*COMMON, FAINT]] + list(further)
+    sigmas = list(np.linspace(1.5, 2.2, n_visits))
+    return observe(LAYOUT, stars, sigmas, noise=3.0, seed=seed)
+
+
+def visits(*, only: bool = False) -> dict[str, list[Observation]]:
+    """Return visits of three bands, of which r may have a star of its own."""
+    own = (ONLY,) if only else ()
+    return {
+        "g": band(RED, 3, seed=1),
+        "r": band(1.0, 10, *own, seed=2),
+        "i": band(1.2, 10, seed=3),
+    }
+
+
+def fits(observations: dict[str, list[Observation]]) -> dict[str, FittedPatch]:
+    network = packaged_network()
+    return {name: fit_patch(one, LAYOUT, SETTINGS, network=network) for name, one in observations.items()}
+
+
+def together(patches: dict[str, FittedPatch]) -> dict[str, np.ndarray]:
+    points = coupled([BandLight(one.data, one.sets, one.points.latent) for one in patches.values()])
+    return {
+        name: patch.image(own.latent).astype(float)
+        for (name, patch), own in zip(patches.items(), points, strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, FittedPatch]:
+    return fits(visits())
+
+
+@pytest.fixture(scope="module")
+def with_only(alone: dict[str, FittedPatch]) -> dict[str, FittedPatch]:
+    return alone | {"r": fits({"r": visits(only=True)["r"]})["r"]}
+
+
+def light_at(image: np.ndarray, star: tuple[float, float, float], radius: float = 5.0) -> float:
+    rows, columns = np.indices(image.shape)
+    return float(image[np.hypot(rows - star[1], columns - star[0]) < radius].sum())
+
+
+def single_image(patch: FittedPatch) -> np.ndarray:
+    return patch.image(patch.points.latent).astype(float)
+
+
+def test_shallow_band_gains(alone: dict[str, FittedPatch]) -> None:
+    """It comes nearer to the truth, and shows what it did not."""
+    truth = gaussian_stars(
+        LAYOUT.shape, [(x, y, RED * f) for x, y, f in [*COMMON, FAINT]], alone["g"].data.sigma
+    )
+    own, joint = single_image(alone["g"]), together(alone)["g"]
+    assert np.sqrt(np.mean((joint - truth) ** 2)) < 0.8 * np.sqrt(np.mean((own - truth) ** 2))
+    expected = RED * FAINT[2]
+    assert light_at(own, FAINT) < 0.4 * expected
+    assert 0.6 * expected < light_at(joint, FAINT) < 1.4 * expected
+
+
+def test_fluxes_stay_those_of_the_band(alone: dict[str, FittedPatch]) -> None:
+    joint = together(alone)
+    for name, ratio in (("g", RED), ("r", 1.0), ("i", 1.2)):
+        measured, own = (
+            np.array([light_at(image, star) / (ratio * star[2]) for star in COMMON])
+            for image in (joint[name], single_image(alone[name]))
+        )
+        assert abs(np.median(measured) - 1.0) < 0.02 + abs(np.median(own) - 1.0)
+        assert measured.std() < 1.1 * own.std()
+
+
+def test_source_of_one_band_stays_out_of_the_others(
+    alone: dict[str, FittedPatch], with_only: dict[str, FittedPatch]
+) -> None:
+    without, joint = together(alone), together(with_only)
+    assert light_at(joint["r"], ONLY) == pytest.approx(ONLY[2], rel=0.05)
+    for name in ("g", "i"):
+        leak = light_at(joint[name] - without[name], ONLY)
+        assert abs(leak) < 0.005 * ONLY[2]
+
+
+def test_two_bands_have_no_third_to_ask(with_only: dict[str, FittedPatch]) -> None:
+    """The own data alone keep the source out: it would be seen at S/N > 20."""
+    pair = {name: with_only[name] for name in ("g", "r")}
+    assert abs(light_at(together(pair)["g"] - single_image(pair["g"]), ONLY)) < 0.02 * ONLY[2]
+
+
+def test_typical_ratio(alone: dict[str, FittedPatch]) -> None:
+    lights = {name: BandLight(one.data, one.sets, one.points.latent) for name, one in alone.items()}
+    assert typical_ratio(lights["g"], lights["r"]) == pytest.approx(RED, rel=0.1)
+    dark = dataclasses.replace(lights["g"], latent=1e-6 * lights["g"].latent)
+    assert typical_ratio(lights["r"], dark) == 1.0
+
+
+def test_band_without_data_in_a_cell_is_given_none(alone: dict[str, FittedPatch]) -> None:
+    """Light of other bands does not fill what a band has not seen."""
+    half = []
+    for visit in visits()["g"]:
+        good = visit.good.copy()
+        good[60:] = False
+        half.append(dataclasses.replace(visit, good=good, flux=np.where(good, visit.flux, np.nan)))
+    patches = alone | {"g": fits({"g": half})["g"]}
+    joint = together(patches)["g"]
+    assert np.isfinite(joint).all()
+    unseen = (slice(85, None), slice(None))
+    np.testing.assert_allclose(joint[unseen], single_image(patches["g"])[unseen], rtol=1e-4, atol=1e-4)
+
+
+def test_without_coupling_nothing_changes() -> None:
+    observations = {name: one for name, one in visits().items() if name != "i"}
+    separate = restore_bands(observations, LAYOUT, SETTINGS, coupling=False)
+    for name, one in observations.items():
+        expected = restore(one, LAYOUT, SETTINGS)
+        for field in ("image", "variance", "residual", "prior_carried"):
+            np.testing.assert_array_equal(getattr(separate[name], field), getattr(expected, field))
+        np.testing.assert_array_equal(separate[name].noise_realizations[0], expected.noise_realizations[0])
+    (only,) = restore_bands({"g": observations["g"]}, LAYOUT, SETTINGS).values()
+    np.testing.assert_array_equal(only.image, separate["g"].image)
+
+
+def test_what_comes_out_is_that_of_the_coupled_image(alone: dict[str, FittedPatch]) -> None:
+    """Image, residual, noise and check of the PSF belong together, and the noise of bands is independent."""
+    settings = dataclasses.replace(SETTINGS, check_psf=True, n_noise_realizations=1)
+    phases: set[str] = set()
+
+    def progress(phase: str, step: int, n_steps: int, loss: float) -> None:
+        phases.add(phase)
+
+    result = restore_bands(visits(), LAYOUT, settings, network=packaged_network(), progress=progress)
+    np.testing.assert_allclose(result["g"].image, together(alone)["g"], atol=1e-3)
+    assert {"base g", "base i", "noise"} <= phases
+    for one in result.values():
+        assert len({visit.target_sigma for visit in result.values()}) == 1
+        assert np.abs(np.median(one.residual)) < 0.3
+        assert np.isfinite(one.variance).all()
+        stars = one.metrics["psf"]["injected_stars"]
+        assert stars
+        assert abs(stars[-1]["flux"] - 1.0) < 0.05
+    noise = [result[name].residual_noise_realizations[0].ravel() for name in ("r", "i")]
+    assert abs(np.corrcoef(noise)[0, 1]) < 0.1
+
+
+def test_common_target_is_that_of_the_seeing_of_all() -> None:
+    settings = dataclasses.replace(SETTINGS, target_fwhm=None)
+    stars = [(x, y, 100.0) for x, y, _ in COMMON]
+    sharp, wide = (observe(LAYOUT, stars, [sigma] * 3, seed=4) for sigma in (1.6, 2.4))
+    result = restore_bands({"r": sharp, "g": wide}, LAYOUT, settings)
+    for one in result.values():
+        assert one.target_sigma == pytest.approx(1.0, rel=0.02)
+
+
+def test_scratch_start_is_coupled_too() -> None:
+    result = restore_bands({name: one for name, one in visits().items() if name != "i"}, LAYOUT, SETTINGS)
+    assert result["g"].metrics["method"] == "network fitted from scratch, coupled with r"
+
+
+def test_bad_input_is_named(alone: dict[str, FittedPatch]) -> None:
+    with pytest.raises(ValueError, match="There is no band to restore"):
+        restore_bands({}, LAYOUT)
+    with pytest.raises(ValueError, match="The r band has no visit; leave it out"):
+        restore_bands({"g": visits()["g"], "r": []}, LAYOUT)
+    lights = [BandLight(one.data, one.sets, one.points.latent) for one in alone.values()]
+    with pytest.raises(ValueError, match="has no other to be coupled with"):
+        coupled(lights[:1])
+    with pytest.raises(ValueError, match="must have one canvas"):
+        coupled([lights[0], dataclasses.replace(lights[1], latent=torch.ones(5, 4))])
+    other = fit_patch(
+        visits()["r"], LAYOUT, dataclasses.replace(SETTINGS, target_fwhm=2.6), network=packaged_network()
+    )
+    with pytest.raises(ValueError, match="must have one target PSF"):
+        coupled([lights[0], BandLight(other.data, other.sets, other.points.latent)])
+
+
+def test_picture() -> None:
+    assert in_order(["z", "u", "B", "r"]) == ["u", "r", "z", "B"]
+    assert choose_bands("griz") == ["z", "i", "g"]
+    assert choose_bands("i") == ["i", "i", "i"]
+    image = np.zeros((30, 50))
+    image[10, 20] = 100.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = draw_colour_picture("patch 1", {"g": image, "r": image, "i": 2.0 * image}, 1.0)
+    shown = figure.axes[0].images[0].get_array()
+    red, green, blue = np.asarray(shown)[10, 20].astype(int)
+    assert red > green == blue > 0
+    assert "red i, green r, blue g" in figure.texts[0].get_text()
+    chosen = draw_colour_picture("patch 1", {"g": image, "r": image}, 1.0, ["g", "r", "r"])
+    assert "red g, green r, blue r" in chosen.texts[0].get_text()
+    with pytest.raises(ValueError, match="images of one shape"):
+        draw_colour_picture("patch 1", {"g": image, "r": image[1:]}, 1.0)
+    with pytest.raises(ValueError, match="three bands"):
+        draw_colour_picture("patch 1", {"g": image}, 1.0, ["g"])
