@@ -24,14 +24,13 @@ import torch
 
 from .batches import Batches
 from .coupling import BandLight, coupled, typical_ratio
-from .noise import NoisyModel, coadd_layers, local_variance
+from .noise import coadd_layers, local_variance
 from .noise_correlation import visit_correlations
 from .observation import Observation
 from .operators import CellLayout
 from .psf import FWHM_PER_SIGMA, target_sigma
 from .psf_check import InjectedStars, injected_latent, measure_leakage, place_stars
 from .restore import FittedPatch, Progress, Restoration, RestoreSettings, assemble, fit_patch, restore
-from .statistics import PatchData
 from .weights import TrainedNetwork
 
 if TYPE_CHECKING:
@@ -155,11 +154,15 @@ def _finished(
     n_draws = max(settings.n_variance_draws, settings.n_noise_realizations)
     for draw in range(n_draws):
         seed = settings.seed + 1000 * (draw + 1)
-        again = _restored_draw(patches, [p.points.latent for p in patches], seed, correlations)
-        for place, (patch, (noisy, latent)) in enumerate(zip(patches, again, strict=True)):
+        latents = [patch.points.latent for patch in patches]
+        again = _restored_draw(patches, latents, seed, correlations)
+        for place, (patch, latent) in enumerate(zip(patches, again, strict=True)):
             differences[place].append(patch.image(latent) - images[place])
             if draw < settings.n_noise_realizations:
-                residuals[place].append(coadd_layers(noisy, latent, patch.observations).residual)
+                residual = patch.residual_of(
+                    latent, latents[place], _seed_of(seed, place), correlations[place]
+                )
+                residuals[place].append(residual)
         if progress is not None:
             progress("noise", draw + 1, n_draws, float(np.std(differences[0][-1])))
     marks["noise"] = time.monotonic() - mark
@@ -173,7 +176,7 @@ def _finished(
         again = _restored_draw(patches, with_stars, settings.seed + 1000, correlations)
         leakage = [
             measure_leakage(patch.image(latent) - (image + first[0]), own, patch.data.sigma)
-            for patch, (_, latent), image, first, own in zip(
+            for patch, latent, image, first, own in zip(
                 patches, again, images, differences, stars, strict=True
             )
         ]
@@ -181,13 +184,16 @@ def _finished(
     result = {}
     for place, (band, patch) in enumerate(zip(fitted, patches, strict=True)):
         patch.times.update(marks)
-        depth = patch.data.weight.sum(axis=0)
-        noise = float(np.median(depth[depth > 0.0])) ** -0.5
-        variance = local_variance(differences[place], images[place], noise)
+        variance = local_variance(differences[place], images[place], patch.noise)
         result[band] = assemble(
             patch, layers[place], variance, differences[place], residuals[place], leakage[place]
         )
     return result
+
+
+def _seed_of(seed: int, place: int) -> int:
+    """Return the seed of the noise of a band."""
+    return seed + _SEED_OF_BAND * place
 
 
 def _restored_draw(
@@ -195,16 +201,13 @@ def _restored_draw(
     latents: Sequence[torch.Tensor],
     seed: int,
     correlations: Sequence[np.ndarray],
-) -> list[tuple[PatchData, torch.Tensor]]:
-    """Draw new noise on models of all bands; return the visits, and what is restored from them together."""
+) -> list[torch.Tensor]:
+    """Draw new noise on models of all bands; return what is restored from them together."""
     lights = []
     for place, (patch, latent) in enumerate(zip(patches, latents, strict=True)):
-        model = NoisyModel(
-            patch.observations, patch.data, latent, seed + _SEED_OF_BAND * place, correlations[place]
-        )
-        noisy = patch.data.with_observations(model)
-        lights.append(BandLight(noisy, patch.sets, patch.restored(noisy)))
-    return [(light.data, own.latent) for light, own in zip(lights, coupled(lights), strict=True)]
+        noisy, again = patch.drawn(latent, _seed_of(seed, place), correlations[place])
+        lights.append(BandLight(noisy, patch.sets, again))
+    return [own.latent for own in coupled(lights)]
 
 
 def _common_stars(

@@ -236,24 +236,50 @@ class FittedPatch:
     times: dict[str, float]
     started: float
 
+    @property
+    def noise(self) -> float:
+        """Median noise of the coadd in nJy (`float`)."""
+        depth = self.data.weight.sum(axis=0)
+        return float(np.median(depth[depth > 0.0])) ** -0.5
+
     def image(self, latent: torch.Tensor) -> np.ndarray:
         """Return x = r * u on the pixels of the patch ((y, x), float32, nJy)."""
         return _image(self.data, latent)
 
-    def restored(self, data: PatchData) -> torch.Tensor:
-        """Restore other pixel values of the same visits in the same way.
+    def drawn(
+        self, latent: torch.Tensor, seed: int, correlations: np.ndarray
+    ) -> tuple[PatchData, torch.Tensor]:
+        """Draw new noise on a model, and restore what the visits would be.
 
         Parameters
         ----------
-        data : `~lsst.coadd.deepprior.statistics.PatchData`
-            The visits with other pixel values.
+        latent : `torch.Tensor`, (y, x)
+            The model: a latent image on the canvas, in nJy.
+        seed : `int`
+            Seed of the noise.
+        correlations : `numpy.ndarray`, (visit, k, k)
+            Correlation of the noise of each visit.
 
         Returns
         -------
-        latent : `torch.Tensor`, (y, x)
-            Latent image u on the canvas, in nJy.
+        noisy : `~lsst.coadd.deepprior.statistics.PatchData`
+            The patch with the statistics of the drawn visits.
+        again : `torch.Tensor`, (y, x)
+            The latent image that is restored from them, in nJy.
         """
-        return _restored_draw(data, self.sets, self.net, self.settings)
+        noisy = draw_noise(self.data, self.sets, latent, seed, correlations)
+        steps = math.ceil(_DRAW_STEPS * self.settings.base_steps)
+        solution = maximum_likelihood(noisy, self.sets, steps=steps)
+        features = encoder_features(solution)[0]
+        del solution
+        return noisy, _latent(noisy, self.sets, self.net, features).latent
+
+    def residual_of(
+        self, again: torch.Tensor, latent: torch.Tensor, seed: int, correlations: np.ndarray
+    ) -> np.ndarray:
+        """Return the residual coadd of drawn visits, (y, x), in nJy; ``again`` is restored from them."""
+        model = NoisyModel(self.observations, self.data, latent, seed, correlations)
+        return coadd_layers(self.data.with_observations(model), again, self.observations).residual
 
 
 def restore(
@@ -320,7 +346,7 @@ def restore(
         checkpoint=checkpoint,
         batches=batches,
     )
-    data, sets, net, times = fitted.data, fitted.sets, fitted.net, fitted.times
+    data, times = fitted.data, fitted.times
     latent = fitted.points.latent
     mark = time.monotonic()
     image = _image(data, latent)
@@ -330,16 +356,10 @@ def restore(
     times["coadd"] = time.monotonic() - mark
     mark = time.monotonic()
     correlations = visit_correlations(data, latent, observations)
-    variance, draws, residual_draws = _variance(
-        observations, data, latent, sets, net, settings, correlations, progress
-    )
+    variance, draws, residual_draws = _variance(fitted, correlations, progress)
     times["noise"] = time.monotonic() - mark
     mark = time.monotonic()
-    leakage = (
-        _leakage(observations, data, latent, sets, net, settings, correlations, draws[0])
-        if settings.check_psf
-        else []
-    )
+    leakage = _leakage(fitted, correlations, draws[0]) if settings.check_psf else []
     times["psf"] = time.monotonic() - mark
     return assemble(fitted, layers, variance, draws, residual_draws, leakage)
 
@@ -372,13 +392,13 @@ def assemble(
     restoration : `Restoration`
         The result.
     """
-    data, settings, curves, times = fitted.data, fitted.settings, fitted.curves, fitted.times
-    image, sigma = _image(data, fitted.points.latent), data.sigma
+    data = fitted.data
+    image, sigma = fitted.image(fitted.points.latent), data.sigma
     covered = layers.n_good > 0
     plain = Coadd(image, sigma, layers.residual, layers.variance, layers.psf)
     plain = plain.correlated(block_correlation(data.sampling))
     carried = prior_carried(image, variance, layers.n_good, plain)
-    times["total"] = time.monotonic() - fitted.started
+    fitted.times["total"] = time.monotonic() - fitted.started
     return Restoration(
         image=image,
         variance=np.where(covered, variance, np.float32(np.nan)),
@@ -388,7 +408,7 @@ def assemble(
         residual=layers.residual,
         residual_variance=layers.variance,
         residual_psf=layers.psf,
-        noise_realizations=draws[: settings.n_noise_realizations],
+        noise_realizations=draws[: fitted.settings.n_noise_realizations],
         residual_noise_realizations=residual_draws,
         n_visits=layers.n_visits,
         n_good=layers.n_good,
@@ -399,22 +419,8 @@ def assemble(
         cell_weight=layers.weight,
         cell_good_fraction=data.good_fraction,
         cell_overlap=data.overlap,
-        curves=curves,
-        metrics=_metrics(
-            fitted.observations,
-            data,
-            layers,
-            image,
-            variance,
-            fitted.method,
-            fitted.conditions,
-            fitted.outside,
-            fitted.points,
-            settings,
-            curves,
-            times,
-            leakage,
-        ),
+        curves=fitted.curves,
+        metrics=_metrics(fitted, layers, image, variance, leakage),
     )
 
 
@@ -515,97 +521,55 @@ def _image(data: PatchData, latent: torch.Tensor) -> np.ndarray:
 
 
 def _variance(
-    observations: Sequence[Observation],
-    data: PatchData,
-    latent: torch.Tensor,
-    sets: VisitSets,
-    net: Trunk | None,
-    settings: RestoreSettings,
-    correlations: np.ndarray,
-    progress: Progress | None,
+    fitted: FittedPatch, correlations: np.ndarray, progress: Progress | None
 ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
     """Restore new noise on the model itself; return the variance of what changes, and what to publish."""
-    image = _image(data, latent)
+    latent, settings = fitted.points.latent, fitted.settings
+    image = fitted.image(latent)
     differences, residuals = [], []
     n_draws = max(settings.n_variance_draws, settings.n_noise_realizations)
     for draw in range(n_draws):
         seed = settings.seed + 1000 * (draw + 1)
-        again = _restored_draw(data, sets, net, latent, seed, correlations, settings)
-        differences.append(_image(data, again) - image)
+        _, again = fitted.drawn(latent, seed, correlations)
+        differences.append(fitted.image(again) - image)
         if draw < settings.n_noise_realizations:
-            model = NoisyModel(observations, data, latent, seed, correlations)
-            residuals.append(coadd_layers(data.with_observations(model), again, observations).residual)
+            residuals.append(fitted.residual_of(again, latent, seed, correlations))
         if progress is not None:
             progress("noise", draw + 1, n_draws, float(np.std(differences[-1])))
-    depth = data.weight.sum(axis=0)
-    variance = local_variance(differences, image, float(np.median(depth[depth > 0.0])) ** -0.5)
-    return variance, differences, residuals
+    return local_variance(differences, image, fitted.noise), differences, residuals
 
 
-def _leakage(
-    observations: Sequence[Observation],
-    data: PatchData,
-    latent: torch.Tensor,
-    sets: VisitSets,
-    net: Trunk | None,
-    settings: RestoreSettings,
-    correlations: np.ndarray,
-    first_draw: np.ndarray,
-) -> list[dict[str, Any]]:
+def _leakage(fitted: FittedPatch, correlations: np.ndarray, first_draw: np.ndarray) -> list[dict[str, Any]]:
     """Restore the first noise realisation once more, with stars in it; compare them with the target PSF."""
-    image = _image(data, latent)
-    stars = place_stars(data, observations, image, settings.seed)
-    with_stars = latent + injected_latent(data, stars)
-    again = _restored_draw(data, sets, net, with_stars, settings.seed + 1000, correlations, settings)
-    return measure_leakage(_image(data, again) - (image + first_draw), stars, data.sigma)
-
-
-def _restored_draw(
-    data: PatchData,
-    sets: VisitSets,
-    net: Trunk | None,
-    latent: torch.Tensor,
-    seed: int,
-    correlations: np.ndarray,
-    settings: RestoreSettings,
-) -> torch.Tensor:
-    """Return the latent image that is restored from new noise on a model."""
-    noisy = draw_noise(data, sets, latent, seed, correlations)
-    steps = math.ceil(_DRAW_STEPS * settings.base_steps)
-    solution = maximum_likelihood(noisy, sets, steps=steps)
-    features = encoder_features(solution)[0]
-    del solution
-    return _latent(noisy, sets, net, features).latent
+    data, latent, seed = fitted.data, fitted.points.latent, fitted.settings.seed
+    image = fitted.image(latent)
+    stars = place_stars(data, fitted.observations, image, seed)
+    _, again = fitted.drawn(latent + injected_latent(data, stars), seed + 1000, correlations)
+    return measure_leakage(fitted.image(again) - (image + first_draw), stars, data.sigma)
 
 
 def _metrics(
-    observations: Sequence[Observation],
-    data: PatchData,
+    fitted: FittedPatch,
     layers: CoaddLayers,
     image: np.ndarray,
     variance: np.ndarray,
-    method: str,
-    conditions: dict[str, float],
-    outside: list[str],
-    points: PointSources,
-    settings: RestoreSettings,
-    curves: dict[str, list[float]],
-    times: dict[str, float],
     leakage: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Collect the numbers of the run."""
+    data, curves = fitted.data, fitted.curves
     covered = layers.n_good > 0
     seen = layers.n_visits > 0
     return {
-        "method": method,
+        "method": fitted.method,
         "n_visits": int((data.group >= 0).sum()),
-        "network": {"conditions": conditions, "outside": outside},
-        "points": {"tried": points.n_candidates, "kept": len(points.flux)},
-        "settings": dataclasses.asdict(settings),
+        "network": {"conditions": fitted.conditions, "outside": fitted.outside},
+        "points": {"tried": fitted.points.n_candidates, "kept": len(fitted.points.flux)},
+        "settings": dataclasses.asdict(fitted.settings),
         "psf": {
             "target_fwhm_pixels": data.sigma * FWHM_PER_SIGMA,
             "visit_fwhm_pixels": {
-                observation.name: float(s) for observation, s in zip(observations, data.seeing, strict=True)
+                observation.name: float(s)
+                for observation, s in zip(fitted.observations, data.seeing, strict=True)
             },
             "injected_stars": leakage,
         },
@@ -626,7 +590,7 @@ def _metrics(
             "residual_total_nJy": float(layers.residual[seen].sum(dtype=np.float64)),
             "coadd_total_nJy": float(layers.coadd[seen].sum(dtype=np.float64)),
         },
-        "seconds": times,
+        "seconds": fitted.times,
     }
 
 
