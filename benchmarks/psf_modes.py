@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 CACHE = HERE / ".cache" / "psf_modes"
 
 SEEDS = (401, 402, 403)
-"""Seeds that are reported; scenes 101 to 105 were used to choose settings."""
+"""Seeds that are reported; scenes 101 to 105 and 201 to 203 were used to choose settings."""
 
 SNR = 50.0
 """Least S/N in all visits of stars whose restored size is compared."""

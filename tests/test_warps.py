@@ -12,7 +12,7 @@ import astropy.units as u
 import numpy as np
 import pytest
 
-from lsst.coadd.deepprior.cells import cover_with_cells, make_cell_psf
+from lsst.coadd.deepprior.cells import cover_with_cells, cut_into_cells, make_cell_psf
 from lsst.coadd.deepprior.simulate import Scene
 from lsst.coadd.deepprior.warps import InvalidWarpError, Warp
 from lsst.images import YX, Box, Image, Mask, MaskPlane, MaskSchema, Polygon
@@ -277,3 +277,23 @@ def test_cells_cover_a_box_from_its_lower_left_corner() -> None:
     grid = cover_with_cells(Box.factory[100:201, -7:32], YX(y=50, x=13))
     assert grid.bbox == Box.factory[100:250, -7:32]
     assert grid.grid_size == CellIJ(i=3, j=3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "most", "cell"),
+    [
+        ((4200, 4200), 150, (150, 150)),
+        ((3400, 4100), 150, (136, 100)),
+        ((190, 180), 64, (38, 60)),
+        ((181, 179), 64, (64, 64)),  # primes
+    ],
+)
+def test_cells_do_not_reach_beyond_a_patch_that_they_can_divide(
+    shape: tuple[int, int], most: int, cell: tuple[int, int]
+) -> None:
+    bbox = Box.from_shape(shape, start=(120, -130))
+    grid = cut_into_cells(bbox, most)
+    assert grid.cell_shape == YX(y=cell[0], x=cell[1])
+    assert grid.bbox.start == bbox.start
+    assert (grid.bbox == bbox) == (shape != (181, 179))
+    assert grid.bbox.contains(bbox)

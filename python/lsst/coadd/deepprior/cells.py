@@ -7,7 +7,14 @@
 
 from __future__ import annotations
 
-__all__ = ("cover_with_cells", "fill_cells", "make_cell_field", "make_cell_psf", "spread_cell_field")
+__all__ = (
+    "cover_with_cells",
+    "cut_into_cells",
+    "fill_cells",
+    "make_cell_field",
+    "make_cell_psf",
+    "spread_cell_field",
+)
 
 import math
 
@@ -37,6 +44,29 @@ def cover_with_cells(bbox: Box, cell_shape: YX[int]) -> CellGrid:
         x=math.ceil(bbox.x.size / cell_shape.x) * cell_shape.x,
     )
     return CellGrid(bbox=Box.from_shape(shape, start=bbox.start), cell_shape=cell_shape)
+
+
+def cut_into_cells(bbox: Box, most: int) -> CellGrid:
+    """Cut a box into cells of equal shape that do not reach beyond it, if that can be.
+
+    Parameters
+    ----------
+    bbox : `lsst.images.Box`
+        Box in tract pixels.
+    most : `int`
+        Largest height and width of a cell in pixels.
+
+    Returns
+    -------
+    grid : `lsst.images.cells.CellGrid`
+        Cells of the largest height and width from half of ``most`` up to it that divide those of the box.
+        Where none does, cells are ``most`` pixels long and reach beyond the upper or right border.
+    """
+
+    def size(extent: int) -> int:
+        return next((n for n in range(most, (most - 1) // 2, -1) if extent % n == 0), most)
+
+    return cover_with_cells(bbox, YX(y=size(bbox.y.size), x=size(bbox.x.size)))
 
 
 def fill_cells(values: np.ndarray, grid: CellGrid) -> np.ndarray:

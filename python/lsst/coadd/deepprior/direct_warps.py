@@ -43,7 +43,7 @@ from lsst.images import (
 )
 from lsst.images.cells import CellGrid, CellGridBounds, PatchDefinition
 
-from .cells import cover_with_cells, make_cell_psf
+from .cells import cut_into_cells, make_cell_psf
 from .stack_imports import import_from_stack
 from .warps import InvalidWarpError, Warp
 
@@ -143,8 +143,8 @@ def patch_from_skymap(sky_map: Any, skymap: str, tract: int, patch: int, cell_si
     tract, patch : `int`
         IDs of the tract and the patch.
     cell_size : `int`
-        Height and width in pixels of the cells that a patch of a sky map without cells is cut into from its
-        lower left corner; at the upper and right border they reach beyond the patch.
+        Largest height and width in pixels of the cells that a patch of a sky map without cells is cut into
+        (see `~lsst.coadd.deepprior.cells.cut_into_cells`).
 
     Returns
     -------
@@ -155,7 +155,7 @@ def patch_from_skymap(sky_map: Any, skymap: str, tract: int, patch: int, cell_si
     patch_info = tract_info[patch]
     outer_bbox = Box.from_legacy(patch_info.getOuterBBox())
     if len(patch_info) == 0:  # a sky map without cells
-        cells = cover_with_cells(outer_bbox, YX(y=cell_size, x=cell_size))
+        cells = cut_into_cells(outer_bbox, cell_size)
     else:
         width, height = patch_info.getCellInnerDimensions()
         cells = cells_of_patch(outer_bbox, YX(y=height, x=width), patch_info.getCellBorder())

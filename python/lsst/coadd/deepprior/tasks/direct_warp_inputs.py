@@ -79,8 +79,9 @@ class DirectWarpConfig(WarpFormConfig):
     )
     cell_size = RangeField(
         dtype=int,
-        doc="Height and width in pixels of the cells that the PSF is taken as constant in, for direct warps "
-        "of a sky map without cells; one with cells has its own.",
+        doc="Largest height and width in pixels of the cells that the PSF is taken as constant in, for "
+        "direct warps of a sky map without cells; one with cells has its own. Where sizes from half of it up "
+        "divide the patch, the largest of them is taken; otherwise cells reach beyond the patch.",
         default=150,
         min=16,
     )
