@@ -34,7 +34,7 @@ CACHE = HERE / ".cache" / "calibration"
 FIRST_SEED = 400
 """First seed that is reported; scenes from 300 to 399 were used to choose settings."""
 
-FAMILIES = {"standard": 44, "correlated_noise": 20, "background_errors": 5}
+FAMILIES = {"standard": 44, "correlated_noise": 44, "background_errors": 5}
 """Number of scenes by family."""
 
 _WITH_PLANES = 5

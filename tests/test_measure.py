@@ -242,12 +242,30 @@ def test_pieces_that_the_data_cannot_tell_apart_are_one_source():
 
 
 def test_peaks_within_the_errors_of_the_model_are_one_source():
-    """Two peaks that the data can tell apart are one source where the restored image itself is uncertain."""
-    inputs = make_inputs((110, 130), (1, 1), [60.0, 64.0], [50.0, 50.0], [1e5, 1e5])
+    """Two peaks of an elongated source, which the restored image itself is not sure of, are one source."""
+    shape, x, flux = (110, 130), np.linspace(60.0, 64.0, 5), np.full(5, 1.2e3)
+    data = make_inputs(shape, (1, 1), x, [50.0] * 5, flux)
+    model = make_inputs(shape, (1, 1), [60.5, 63.5], [50.0] * 2, [3e3] * 2)
+    carried = render(shape, np.array([60.5, 63.5]), np.full(2, 50.0), np.full(2, 3e3), 2.0)
+    residual = data.residual + render(shape, x, np.full(5, 50.0), flux, 2.0) - carried
+    inputs = dataclasses.replace(data, model=model.model, residual=residual)
     assert len(measure(inputs)) == 2
-    table = measure(dataclasses.replace(inputs, model_variance=np.full((110, 130), 1e4**2)))
+    table = measure(dataclasses.replace(inputs, model_variance=np.full(shape, 1e3**2)))
     assert len(table) == 1
-    assert abs(table["flux"][0] - 2e5) < 4.0 * table["flux_err"][0]
+    assert abs(table["flux"][0] - flux.sum()) < 4.0 * table["flux_err"][0]
+
+
+def test_two_points_that_only_the_data_tell_apart_are_two_sources():
+    """Where the restored image is not sure of two peaks, the data may be."""
+    inputs = make_inputs((110, 130), (1, 1), [60.0, 64.0], [50.0, 50.0], [1e5, 1e5])
+    inputs = dataclasses.replace(inputs, model_variance=np.full((110, 130), 1e4**2))
+    table = measure(inputs)
+    assert len(table) == 2
+    assert (np.abs(table["flux"] - 1e5) < 4.0 * table["flux_err"]).all()
+    assert table["flag_blended"].all()
+    assert np.isnan(table["ixx"]).all()
+    assert np.isfinite(table["ap1_flux"]).all()
+    match(table, [60.0, 64.0], [50.0, 50.0], radius=0.05)
 
 
 def test_flags():

@@ -101,15 +101,44 @@ def test_close_pairs_know_that_they_are_close() -> None:
     assert np.median(found.error) > 2.0 * POINT_ERROR
 
 
+@pytest.mark.parametrize(("separation", "snr"), [(0.8, 60.0), (0.5, 300.0)])
+def test_pairs_that_were_found_as_one_become_two(separation: float, snr: float) -> None:
+    """Along all directions, and of unequal members; separations are in units of the FWHM."""
+    rng = np.random.default_rng(9)
+    y, x = np.mgrid[30:300:40, 28:270:40].reshape(2, -1).astype(float)
+    half = 0.5 * separation * 2.3548 * SEEING
+    angle = rng.uniform(0.0, np.pi, len(y))
+    bright, faint = snr * POINT_ERROR, 0.5 * snr * POINT_ERROR
+    members = [
+        (a + side * half * np.cos(t), b + side * half * np.sin(t), flux)
+        for a, b, t in zip(x, y, angle, strict=True)
+        for side, flux in ((1.0, bright), (-1.0, faint))
+    ]
+    image = gaussian_stars(SHAPE, members, SEEING) + rng.standard_normal(SHAPE)
+    found = fit_sources(y, x, [], make_coadd(image))
+    two = np.bincount(found.parent)[found.parent] == 2
+    assert two.sum() >= 0.9 * len(members)
+    assert not found.extended[two].any()
+    truth = np.array(members)
+    distance = np.hypot(found.x[two, None] - truth[:, 0], found.y[two, None] - truth[:, 1])
+    nearest = distance.argmin(axis=1)
+    assert len(np.unique(nearest)) == two.sum()
+    pull = (found.flux[two] - truth[nearest, 2]) / found.error[two]
+    assert abs(np.median(pull)) < 0.4
+    assert 0.7 < 1.4826 * np.median(np.abs(pull)) < 1.3
+
+
 def test_what_is_no_ellipse_has_larger_errors() -> None:
-    """Two bright points, seen as one galaxy, which cannot have their shape."""
+    """Three bright points, seen as one galaxy, which cannot have their shape, nor can a pair."""
     rng = np.random.default_rng(8)
-    image = gaussian_stars((90, 80), [(38.0, 44.0, 1e5), (42.0, 45.0, 1e5)], SEEING)
+    stars = [(38.0, 42.0, 1e5), (42.0, 42.0, 1e5), (40.0, 47.0, 1e5)]
+    image = gaussian_stars((90, 80), stars, SEEING)
     found = fit_sources(
-        np.array([44.5]), np.array([40.0]), [], make_coadd(image + rng.standard_normal((90, 80)))
+        np.array([43.7]), np.array([40.0]), [], make_coadd(image + rng.standard_normal((90, 80)))
     )
+    assert len(found.flux) == 1
     assert found.shape_error[0] > 10.0 * POINT_ERROR
-    assert abs(found.flux[0] - 2e5) < 4.0 * found.error[0]
+    assert abs(found.flux[0] - 3e5) < 4.0 * found.error[0]
 
 
 def test_a_sky_that_was_left_does_not_change_fluxes() -> None:

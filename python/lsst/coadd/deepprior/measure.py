@@ -180,7 +180,8 @@ def measure_sources(
 
     *Flux.* All sources are fitted to ``D`` together, as points, discs or galaxies (see
     `~lsst.coadd.deepprior.source_fit.fit_sources`). The restored image only says where they are: a template
-    from it would hold some of the noise that it is fitted to. Each pixel of ``x`` is shared between the
+    from it would hold some of the noise that it is fitted to. What two points fit better than a galaxy takes
+    two rows, without second moments. Each pixel of ``x`` is shared between the
     sources that reach it in proportion to ``min(x(p), x(p'))``, with p' the mirror image of p about the
     source (the deblender of SDSS, Lupton 2001); the pieces are the templates of sources that have no data
     under their PSF, and of the neighbours of aperture fluxes. Linear fits, ``f = N^-1 T^T W D`` with ``N =
@@ -235,9 +236,22 @@ def measure_sources(
     seen = np.array([(coadd.weight[p.slices] * p.array**2).sum() > 0.0 for p in points])
     unseen = [template for template, use in zip(templates, seen, strict=True) if not use]
     found = fit_sources(y[seen], x[seen], unseen, coadd)
-    flux[seen], error[seen], shape_error[seen] = found.flux, found.error, found.shape_error
-    y[seen], x[seen], y_err[seen], x_err[seen] = found.y, found.x, found.y_err, found.x_err
-    extended[seen] = found.extended
+    blended = fit.correlation().max(axis=1).toarray().ravel() > BLEND
+    # What is two points takes two rows.
+    row = np.concatenate([np.flatnonzero(seen)[found.parent], np.flatnonzero(~seen)])
+    fitted = slice(0, len(found.flux))
+    pair = np.bincount(row)[row] > 1
+    columns = {name: np.where(pair, np.nan, values[row]) for name, values in columns.items()}
+    y, x, y_err, x_err, flux, error, shape_error, extended = (
+        values[row] for values in (y, x, y_err, x_err, flux, error, shape_error, extended)
+    )
+    flux[fitted], error[fitted], shape_error[fitted] = found.flux, found.error, found.shape_error
+    y[fitted], x[fitted], y_err[fitted], x_err[fitted] = found.y, found.x, found.y_err, found.x_err
+    extended[fitted] = found.extended
+    templates = [
+        coadd.point(y[k], x[k]) if pair[k] else templates[parent] for k, parent in enumerate(row.tolist())
+    ]
+    n = len(row)
     columns |= _point_and_aperture_fluxes(y, x, templates, flux, coadd.above(found.sky))
     columns |= {
         "y_err": y_err,
@@ -248,8 +262,8 @@ def measure_sources(
         "flux_sys_err": SYSTEMATIC_FLOOR * np.abs(flux),
         "flag_extended": extended,
     }
-    columns["flag_residual_only"] = np.arange(n) >= n_model
-    columns["flag_blended"] = fit.correlation().max(axis=1).toarray().ravel() > BLEND
+    columns["flag_residual_only"] = row >= n_model
+    columns["flag_blended"] = blended[row] | pair
     columns |= _core_flags(y, x, columns["coadd_fwhm"], coadd.good, inputs.planes)
     border = np.minimum(np.minimum(y, coadd.shape[0] - 1 - y), np.minimum(x, coadd.shape[1] - 1 - x))
     columns["flag_edge"] = border < 2.0 * columns["coadd_fwhm"]
@@ -430,7 +444,7 @@ def _core_flags(
         rows, columns = np.ogrid[box]
         core = np.hypot(rows[: good[box].shape[0]] - y0, columns[:, : good[box].shape[1]] - x0) <= radius
         pixels = [plane[box][core] for plane in (~good, saturated, clipped, prior)]
-        flags[:, k] = [*(p.any() for p in pixels[:3]), pixels[3].mean() >= 0.5]
+        flags[:, k] = [*(p.any() for p in pixels[:3]), 2 * pixels[3].sum() >= max(len(pixels[3]), 1)]
     names = ("flag_no_data", "flag_saturated", "flag_clipped", "flag_prior_carried")
     return dict(zip(names, flags, strict=True))
 

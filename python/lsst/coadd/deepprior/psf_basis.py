@@ -93,7 +93,7 @@ class PsfBasis:
     Parameters
     ----------
     sigma : `float`
-        Sigma in pixels of the reference, a Gaussian about as wide as the PSFs.
+        Sigma in pixels of the reference, a Gaussian about as wide as the sharpest of the PSFs.
     """
 
     def __init__(self, sigma: float) -> None:
@@ -289,5 +289,9 @@ def blind_stamps(stamps: np.ndarray) -> np.ndarray:
 
 
 def reference_sigma(seeing: np.ndarray) -> float:
-    """Return the sigma in pixels of the Gaussian of the median of some FWHM in pixels."""
-    return float(np.median(seeing)) / FWHM_PER_SIGMA
+    """Return the sigma in pixels of the Gaussian of the least of some FWHM in pixels.
+
+    A correction is as smooth as the PSF and a mode together, so that modes as wide as a typical PSF could not
+    make a sharp one sharper.
+    """
+    return float(np.min(seeing)) / FWHM_PER_SIGMA

@@ -27,23 +27,17 @@ __all__ = ("CorrectedObservations", "PsfRefinement", "refine_psfs", "summary")
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import scipy.fft
-import scipy.ndimage
-import scipy.spatial
 import torch
 
-from .baselines import inner_smooth, maximum_likelihood
 from .observation import Observation
 from .operators import CellLayout
-from .point_sources import PointSources, point_latent, point_sources
-from .psf import StarFit, fit_star, gaussian_stamp, shift_stamp, target_sigma
+from .psf import StarFit, fit_star, shift_stamp, target_sigma
 from .psf_basis import (
     BACKGROUND,
     FLUX,
-    NOTHING,
     SHIFT_X,
     SHIFT_Y,
     PsfBasis,
@@ -52,52 +46,12 @@ from .psf_basis import (
     reference_sigma,
     stamp_changes,
 )
-from .statistics import NothingToRestoreError, PatchData, VisitTensors
-
-MIN_STARS = 5
-"""Number of stars from which the common mode is fitted."""
-
-MIN_SNR = 50.0
-"""Their least signal-to-noise ratio in all visits together."""
+from .psf_equations import solve_equations, visit_equations
+from .psf_sky import RefinementSky
+from .statistics import NothingToRestoreError, PatchData
 
 _PSF_ERRORS = {False: (0.1, 0.05, 0.03, 0.02, 0.01, 0.01), True: (0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01)}
 """Relative error that is granted to PSFs in the passes, for given PSFs and for guesses."""
-
-_REACH = 1.75
-"""Radius in median FWHM around a star within which it tells the PSF."""
-
-_NEIGHBOUR = 0.05
-"""Brightest peak within the reach of a star, over that of the star, with which it counts as alone."""
-
-_LOCUS = 0.02
-"""Scatter of the shapes of stars that is taken for one, in relative second moments."""
-
-_LOCUS_CHI2 = 11.3
-"""Largest chi^2 of three degrees of freedom of a star; a point exceeds it once in a hundred times."""
-
-_LIT = 5.0
-"""Significance of the matched image from which other light tells how PSFs differ."""
-
-_SKY_ERROR = 0.03
-"""Relative error that is granted to all light but that of stars, of which the shape is not known."""
-
-_HUBER = 3.0
-"""Deviation in standard deviations from which a pixel counts linearly."""
-
-_OUTLIER = 4.0
-"""Significance of the residuals at the seeing from which pixels are left out, as are those around them."""
-
-_INFORMED = 1.0 / 3.0
-"""Largest error of a shape parameter, over the width of its prior, with which other light is trusted."""
-
-_PRIOR_STEPS = 8
-"""Steps in which the widths of the prior are learned."""
-
-_OUTLIER_PSF_ERROR = 0.015
-"""Least relative error that is granted to PSFs where outliers are told."""
-
-_MASKED = 5.0
-"""Predicted flux of a masked pixel, in standard deviations, around which the sky is not known well enough."""
 
 _LARGEST_STEP = 0.5
 """Largest change of a shape parameter in one pass."""
@@ -105,6 +59,7 @@ _LARGEST_STEP = 0.5
 _MEAN_PASSES = 2
 
 _LARGE_CHANGE = 0.1
+
 _UNCERTAIN = 0.01
 """Relative change and relative error of the FWHM from which a visit is flagged."""
 
@@ -301,12 +256,12 @@ def refine_psfs(
         data = PatchData(
             CorrectedObservations(observations, result), layout, sigma, psf_error=psf_error, device=device
         )
-        sky = _Sky(data, basis, base_steps)
+        sky = RefinementSky(data, basis, base_steps)
         if result.anchored and not sky.anchored:
             # Stars that fail the stricter test of a later pass were good enough for the one before.
             break
-        equations = [_visit_equations(sky, index) for index in range(n_visits)]
-        step, covariance = _solve(equations, total, basis.prior(blind, sky.anchored), sky.anchored)
+        equations = [visit_equations(sky, index) for index in range(n_visits)]
+        step, covariance = solve_equations(equations, total, basis.prior(blind, sky.anchored), sky.anchored)
         shape = np.clip(step[:, basis.shape.start :], -_LARGEST_STEP, _LARGEST_STEP)
         step[:, basis.shape.start :] = shape
         total += step
@@ -405,282 +360,6 @@ def _errors(
         fwhm_error[index] = math.sqrt(variance[0])
         ellipticity_error[index] = math.sqrt(0.5 * (variance[1] + variance[2]))
     return fwhm_error, ellipticity_error
-
-
-class _Sky:
-    """The sky of a pass: stars that tell the PSF, and all other light."""
-
-    def __init__(self, data: PatchData, basis: PsfBasis, base_steps: int) -> None:
-        self.data = data
-        self.basis = basis
-        sets = data.sets()
-        solution = maximum_likelihood(data, sets, steps=base_steps)
-        points = point_sources(data, sets, solution.latent[0])
-        seeing = float(np.median(data.seeing[data.group >= 0]))
-        self.reach = _REACH * seeing
-        self.width = 2 * round(0.5 * seeing) + 1
-        self._fft_shape = tuple(scipy.fft.next_fast_len(n + 4 * round(seeing), real=True) for n in data.shape)
-        self._transfer = torch.as_tensor(basis.transfer(self._fft_shape), device=data.device).to(
-            torch.complex64
-        )
-        self.latent = points.latent
-        candidates = self._candidates(points)
-        self.n_candidates = len(candidates)
-        self._separate(candidates)
-        self.stars = candidates[self._on_locus(candidates)]
-        self.anchored = len(self.stars) >= MIN_STARS
-        if not self.anchored:
-            self.stars = self.stars[:0]
-        self._separate(self.stars)
-        significant = solution.statistics.seen[0] > _LIT * data.matched_noise()
-        self.lit = _grown(significant, self.width)
-
-    def _candidates(self, points: PointSources) -> np.ndarray:
-        """Return y, x and flux of the points that are bright and alone, (candidate, 3)."""
-        data = self.data
-        found = np.column_stack([points.y, points.x, points.flux])
-        margin, (ny, nx) = data.margin, data.layout.shape
-        power = data.gram_kernel()
-        half = power.shape[-1] // 2
-        # For a point the kernel of A holds the inner kernel too, so this is somewhat less than its S/N.
-        information = data.pixel_weight(power[..., half, half].cpu().numpy())
-        rows, columns = (np.rint(found[:, k]).astype(int) - margin for k in (0, 1))
-        inside = (rows >= 0) & (rows < ny) & (columns >= 0) & (columns < nx)
-        found, rows, columns = found[inside], rows[inside], columns[inside]
-        found = found[found[:, 2] * np.sqrt(information[rows, columns]) > MIN_SNR]
-        if len(found) == 0:
-            return found
-        rest = self.latent - self._drawn(np.column_stack([points.y, points.x, points.flux]))
-        image = inner_smooth(rest, data.sigma).cpu().numpy()
-        peaks = np.argwhere((image == scipy.ndimage.maximum_filter(image, 5)) & (image > 0.0))
-        all_points = np.column_stack([points.y, points.x])
-        height = float(gaussian_stamp(data.sigma).max())
-        alone = np.ones(len(found), dtype=bool)
-        near = scipy.spatial.cKDTree(found[:, :2])
-        for peak, value in zip(peaks, image[tuple(peaks.T)], strict=True):
-            for k in near.query_ball_point(peak, self.reach):
-                alone[k] &= value < _NEIGHBOUR * height * found[k, 2]
-        for point, flux in zip(all_points, points.flux, strict=True):
-            for k in near.query_ball_point(point, self.reach):
-                alone[k] &= flux <= found[k, 2]
-        return found[alone]
-
-    def _drawn(self, stars: np.ndarray) -> torch.Tensor:
-        """Return the latent image of stars (star, 3: y, x, flux)."""
-        data = self.data
-        canvas = np.zeros(data.shape)
-        for y, x, flux in stars:
-            iy, ix = round(y), round(x)
-            stamp = point_latent(data.sigma, y - iy, x - ix)
-            y0, x0 = iy - stamp.shape[0] // 2, ix - stamp.shape[0] // 2
-            canvas[y0 : y0 + stamp.shape[0], x0 : x0 + stamp.shape[0]] += flux * stamp
-        return torch.as_tensor(canvas, dtype=data.dtype, device=data.device)
-
-    def _separate(self, stars: np.ndarray) -> None:
-        """Divide the latent image into stars and other light, of which there is none near a star."""
-        self.star_light = self._drawn(stars)
-        y, x = np.indices(self.data.shape)
-        owner = np.full(self.data.shape, -1)
-        if len(stars):
-            distance, nearest = scipy.spatial.cKDTree(stars[:, :2]).query(np.dstack([y, x]))
-            owner[distance <= self.reach] = nearest[distance <= self.reach]
-        self.owner = torch.as_tensor(owner, device=self.data.device)
-        rest = (self.latent - self.star_light).clamp_min(0.0)
-        self.other_light = torch.where(self.owner < 0, rest, 0.0)
-
-    def templates(self, prediction: torch.Tensor, parameters: Sequence[int] | slice) -> torch.Tensor:
-        """Return what parameters without background change in a prediction, (parameter, y, x)."""
-        spectrum = torch.fft.rfft2(prediction, s=self._fft_shape)
-        images = torch.fft.irfft2(spectrum * self._transfer[parameters], s=self._fft_shape)
-        return images[..., : prediction.shape[0], : prediction.shape[1]]
-
-    def residual(
-        self, visit: VisitTensors, star: torch.Tensor, other: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return residuals and robust weights of the pixels of a visit, 1/nJy^2.
-
-        Pixels without weight are those that are not good, those of trails and of other things that the sky
-        does not have, and those around a masked core.
-        """
-        good = visit.weight > 0
-        prediction = star + other
-        residual = torch.where(good, visit.flux - prediction, 0.0)
-        scale = torch.hypot(self.data.scale(visit, star), _SKY_ERROR * other)
-        deviation = residual / scale
-        weight = (_HUBER / deviation.abs().clamp_min(1e-30)).clamp_max(1.0) / scale.square()
-        # An error of the PSF or a shift is the same in all pixels of a star, and is no outlier.
-        noise = visit.variance.sqrt()
-        smooth, light = self._smoothed(torch.stack([residual / noise, prediction.abs() / noise]))
-        granted = max(self.data.psf_error, _OUTLIER_PSF_ERROR) * light
-        outlier = smooth.abs() > _OUTLIER * torch.hypot(torch.ones_like(granted), granted)
-        lost = _grown(outlier | (~good & (prediction > _MASKED * scale)), self.width)
-        return residual, torch.where(good & ~lost, weight, 0.0)
-
-    def _smoothed(self, images: torch.Tensor) -> torch.Tensor:
-        """Smooth images (..., y, x) with the reference PSF, so that white noise keeps its variance."""
-        stamp = gaussian_stamp(self.basis.sigma)
-        kernel = torch.as_tensor(stamp / math.sqrt(np.sum(stamp**2))).to(images)
-        return torch.nn.functional.conv2d(images[:, None], kernel[None, None], padding=stamp.shape[0] // 2)[
-            :, 0
-        ]
-
-    def _on_locus(self, stars: np.ndarray) -> np.ndarray:
-        """Tell which candidates have the shape that most have, (candidate,) bool."""
-        if len(stars) < MIN_STARS:
-            return np.zeros(len(stars), dtype=bool)
-        # Flux, position, size, ellipticity, and light that is under the star in all visits alike.
-        n = 7
-        matrix, right = np.zeros((len(stars), n, n)), np.zeros((len(stars), n))
-        chosen = self.owner >= 0
-        owner = self.owner[chosen].cpu().numpy()
-        wanted = [FLUX, SHIFT_X, SHIFT_Y, 3, 4, 5]
-        for _, visit in self.data.visits():
-            light = visit.kernel.forward(self.star_light)
-            residual, weight = self.residual(visit, light, visit.kernel.forward(self.other_light))
-            images = torch.cat([self.templates(light, wanted), torch.ones_like(light)[None]])
-            columns = images[:, chosen].cpu().numpy().astype(float)
-            weights, values = (image[chosen].cpu().numpy().astype(float) for image in (weight, residual))
-            for k in range(len(stars)):
-                own = owner == k
-                part = columns[:, own] * weights[own]
-                matrix[k] += part @ columns[:, own].T
-                right[k] += part @ values[own]
-        covariance = np.array([np.linalg.pinv(m, hermitian=True) for m in matrix])
-        moments = np.einsum("kij,kj->ki", covariance, right)[:, 3:6]
-        errors = covariance[:, 3:6, 3:6] + _LOCUS**2 * np.eye(3)
-        difference = moments[:, None] - moments
-        near = _chi2(difference, errors[:, None] + errors) < _LOCUS_CHI2
-        most = near.sum(axis=1)
-        members = near[min(np.flatnonzero(most == most.max()), key=lambda k: moments[k, 0])]
-        inverse = np.linalg.inv(errors[members])
-        centre = np.linalg.solve(inverse.sum(axis=0), np.einsum("kij,kj->i", inverse, moments[members]))
-        return _chi2(moments - centre, errors) < _LOCUS_CHI2
-
-
-def _grown(chosen: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the pixels that have a chosen one in the box of some odd width around them, (y, x) bool."""
-    grown = torch.nn.functional.max_pool2d(chosen.float()[None, None], width, stride=1, padding=width // 2)
-    return grown[0, 0] > 0.0
-
-
-def _chi2(values: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-    """Return ``v^T C^-1 v`` of vectors (..., n) with covariances (..., n, n)."""
-    return np.einsum("...i,...i->...", values, np.linalg.solve(covariance, values[..., None])[..., 0])
-
-
-class _Equations(NamedTuple):
-    """Normal equations of a visit in its own parameters X and the common ones R."""
-
-    own: np.ndarray
-    """X^T w X, (parameter, parameter)."""
-    cross: np.ndarray
-    """X^T w R."""
-    common: np.ndarray
-    """R^T w R."""
-    own_right: np.ndarray
-    """X^T w r, (parameter,)."""
-    common_right: np.ndarray
-    """R^T w r."""
-
-
-def _visit_equations(sky: _Sky, index: int) -> _Equations | None:
-    """Make the equations of a visit, `None` if it has no good pixel."""
-    data = sky.data
-    if data.group[index] < 0:
-        return None
-    visit = data.visit(index)
-    star, other = (visit.kernel.forward(light) for light in (sky.star_light, sky.other_light))
-    residual, weight = sky.residual(visit, star, other)
-    # Far from a star its light counts as other light, whose sky may follow any PSF.
-    near = sky.owner >= 0
-    chosen = (near | sky.lit) & (weight > 0)
-    dark = (weight > 0) & ~chosen
-    whole, outside = (
-        sky.templates(light, slice(None))[:, chosen]
-        for light in (star + other, other + torch.where(near, 0.0, star))
-    )
-    ones, zeros = torch.ones_like(whole[:1]), torch.zeros_like(whole[:1])
-
-    def design(modes: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-        return torch.cat([modes[:3], background, modes[3:]]).double()
-
-    own, common = design(whole, ones), design(outside, zeros)
-    weights, values = weight[chosen].double(), residual[chosen].double()
-    weighted = own * weights
-    result = [
-        (weighted @ own.T),
-        (weighted @ common.T),
-        ((common * weights) @ common.T),
-        (weighted @ values),
-        ((common * weights) @ values),
-    ]
-    arrays = [part.cpu().numpy() for part in result]
-    arrays[0][BACKGROUND, BACKGROUND] += float(weight[dark].sum())
-    arrays[3][BACKGROUND] += float((weight * residual)[dark].sum())
-    return _Equations(*arrays)
-
-
-def _solve(
-    equations: Sequence[_Equations | None], total: np.ndarray, start: np.ndarray, anchored: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Solve the equations of all visits, and learn the prior.
-
-    Parameters
-    ----------
-    equations : `~collections.abc.Sequence` [`_Equations` or `None`]
-        Equations of the visits.
-    total : `numpy.ndarray`, (visit, parameter)
-        Corrections that were made before, which count for the prior.
-    start : `numpy.ndarray`, (parameter,)
-        Widths of the prior to start with, 0 for a parameter without one.
-    anchored : `bool`
-        Whether the mean of the PSF's parameters is left free.
-
-    Returns
-    -------
-    step : `numpy.ndarray`, (visit, parameter)
-        Corrections, of zero mean in all but the PSF, and there too without stars.
-    covariance : `numpy.ndarray`, (visit, parameter, parameter)
-        Their covariance.
-    """
-    n = len(start)
-    used = [k for k, one in enumerate(equations) if one is not None]
-    step, covariance = np.zeros((len(equations), n)), np.zeros((len(equations), n, n))
-    present = [one for one in equations if one is not None]
-    width = start.copy()
-    held = start > 0.0
-    known = np.ones(n, dtype=bool)
-    for _ in range(_PRIOR_STEPS):
-        precision = np.zeros(n)
-        precision[held] = width[held] ** -2.0
-        inverses = [np.linalg.inv(one.own + np.diag(precision + 1e-12)) for one in present]
-        rights = [
-            one.own_right - precision * before for one, before in zip(present, total[used], strict=True)
-        ]
-        schur = 1e-9 * np.eye(n)
-        right = np.zeros(n)
-        for one, inverse, own_right in zip(present, inverses, rights, strict=True):
-            schur += one.common - one.cross.T @ inverse @ one.cross
-            right += -one.common_right + one.cross.T @ inverse @ own_right
-        schur += np.diag(1e-6 * np.maximum(sum(np.diagonal(one.common) for one in present), 1.0))
-        schur_inverse = np.linalg.inv(schur)
-        common = schur_inverse @ right
-        for k, one, inverse, own_right in zip(used, present, inverses, rights, strict=True):
-            step[k] = inverse @ (own_right + one.cross @ common)
-            spread = inverse @ one.cross
-            covariance[k] = inverse + spread @ schur_inverse @ spread.T
-        if not anchored:
-            # What other light hardly tells is left as it is.
-            error = np.median([np.sqrt(np.diagonal(inverse)) for inverse in inverses], axis=0)
-            known &= (np.arange(n) <= BACKGROUND) | (error < _INFORMED * start)
-        moved = total[used] + step[used]
-        width = np.sqrt(np.mean(moved**2 + np.diagonal(covariance[used], axis1=1, axis2=2), axis=0))
-        width = np.where(known, np.clip(width, NOTHING, np.maximum(start, NOTHING)), NOTHING)
-    fixed = np.ones(n, dtype=bool)
-    if anchored:
-        fixed[BACKGROUND + 1 :] = False
-    step[np.ix_(used, np.flatnonzero(fixed))] -= step[used][:, fixed].mean(axis=0)
-    return step, covariance
 
 
 def summary(refinement: PsfRefinement, names: Sequence[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ __all__ = ("FittedPatch", "Restoration", "RestoreSettings", "assemble", "fit_pat
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from .joint_fit import Coadd
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
 from .noise_correlation import visit_correlations
+from .noise_draws import draw_noise
 from .observation import Observation
 from .operators import CellLayout
 from .outliers import Outlier
@@ -50,6 +52,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int, float], None]
 """Called with the phase, the step, the number of steps and the loss."""
+
+_DRAW_STEPS = 0.3
+"""Steps of maximum likelihood for a noise realisation, as a part of those of the image: without new
+linearisations, which disturb their acceleration, so many give bright pixels the same noise."""
 
 MARGIN = 16
 """Width in pixels of the visits of the canvas around the patch, for the light of sources just outside."""
@@ -524,11 +530,11 @@ def _variance(
     n_draws = max(settings.n_variance_draws, settings.n_noise_realizations)
     for draw in range(n_draws):
         seed = settings.seed + 1000 * (draw + 1)
-        noisy = data.with_observations(NoisyModel(observations, data, latent, seed, correlations))
-        again = _restored_draw(noisy, sets, net, settings)
+        again = _restored_draw(data, sets, net, latent, seed, correlations, settings)
         differences.append(_image(data, again) - image)
         if draw < settings.n_noise_realizations:
-            residuals.append(coadd_layers(noisy, again, observations).residual)
+            model = NoisyModel(observations, data, latent, seed, correlations)
+            residuals.append(coadd_layers(data.with_observations(model), again, observations).residual)
         if progress is not None:
             progress("noise", draw + 1, n_draws, float(np.std(differences[-1])))
     depth = data.weight.sum(axis=0)
@@ -550,16 +556,23 @@ def _leakage(
     image = _image(data, latent)
     stars = place_stars(data, observations, image, settings.seed)
     with_stars = latent + injected_latent(data, stars)
-    model = NoisyModel(observations, data, with_stars, settings.seed + 1000, correlations)
-    again = _restored_draw(data.with_observations(model), sets, net, settings)
+    again = _restored_draw(data, sets, net, with_stars, settings.seed + 1000, correlations, settings)
     return measure_leakage(_image(data, again) - (image + first_draw), stars, data.sigma)
 
 
 def _restored_draw(
-    noisy: PatchData, sets: VisitSets, net: Trunk | None, settings: RestoreSettings
+    data: PatchData,
+    sets: VisitSets,
+    net: Trunk | None,
+    latent: torch.Tensor,
+    seed: int,
+    correlations: np.ndarray,
+    settings: RestoreSettings,
 ) -> torch.Tensor:
     """Return the latent image that is restored from new noise on a model."""
-    solution = maximum_likelihood(noisy, sets, steps=settings.base_steps)
+    noisy = draw_noise(data, sets, latent, seed, correlations)
+    steps = math.ceil(_DRAW_STEPS * settings.base_steps)
+    solution = maximum_likelihood(noisy, sets, steps=steps)
     features = encoder_features(solution)[0]
     del solution
     return _latent(noisy, sets, net, features).latent

@@ -19,6 +19,7 @@ import scipy.sparse
 
 from .galaxy_profiles import MAX_INDEX, MIN_INDEX, GalaxyShape, galaxy_stamp
 from .joint_fit import Coadd, JointFit, Stamp, normal_equations, render
+from .pairs import fit_pair
 
 SYSTEMATIC_FLOOR = 0.005
 """Relative error of fluxes from the flux scale and the PSF models, which no simulation of ours has: half of
@@ -74,7 +75,7 @@ _DISC_RADIUS = 1.678
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SourceFit:
-    """Result of `fit_sources`; all arrays have the shape (source,).
+    """Result of `fit_sources`; all arrays have the shape (source,), with pairs counted as two sources.
 
     Parameters
     ----------
@@ -89,6 +90,8 @@ class SourceFit:
         Positions in the array of the patch and their standard errors, in pixels.
     extended : `numpy.ndarray`, bool
         Whether the source is wider than the PSF.
+    parent : `numpy.ndarray`, int
+        Index of the position that was given; those of pairs occur twice.
     sky : `float`
         Mean of what is no source, in nJy a pixel: sources too faint to be found, and what the sky subtraction
         left. The fluxes are above it.
@@ -102,6 +105,7 @@ class SourceFit:
     y_err: np.ndarray
     x_err: np.ndarray
     extended: np.ndarray
+    parent: np.ndarray
     sky: float
 
 
@@ -179,7 +183,8 @@ def fit_sources(y: np.ndarray, x: np.ndarray, others: Sequence[Stamp], coadd: Co
 
     Gauss-Newton steps take all sources, their neighbours and their parameters at once, so that the errors of
     fluxes hold what is not known of positions and shapes. A prior of the population of shapes decides what
-    the data leave open.
+    the data leave open. What two points fit better than one galaxy (`~lsst.coadd.deepprior.pairs.fit_pair`)
+    becomes two sources, and all are fitted once more.
 
     Parameters
     ----------
@@ -203,64 +208,125 @@ def fit_sources(y: np.ndarray, x: np.ndarray, others: Sequence[Stamp], coadd: Co
     """
     if len(y) != len(x):
         raise ValueError(f"There are {len(y)} positions y and {len(x)} positions x; give one each.")
-    n = len(y)
     sources = [_Source(float(a), float(b)) for a, b in zip(y, x, strict=True)]
     if not sources:
         none = np.zeros(0)
-        return SourceFit(none, none, none, none, none, none, none, np.zeros(0, dtype=bool), 0.0)
+        nothing = np.zeros(0, dtype=int)
+        return SourceFit(none, none, none, none, none, none, none, nothing > 0, nothing, 0.0)
     extended, flux = _classify(sources, others, coadd)
-    start = np.array([y, x], dtype=float)
-    limit = 0.5 * np.array([coadd.fwhm[coadd.cell(s.y, s.x)] for s in sources])
-    own = [s.stamp(coadd) for s in sources]
-    slopes = [s.derivatives(coadd, t) for s, t in zip(sources, own, strict=True)]
-    first = n + np.cumsum([0] + [len(group) for group in slopes])
-    for _ in range(_PASSES):
-        templates = own + [t for group in slopes for t in group] + list(others)
-        fit = normal_equations(templates, coadd)
-        solution, _ = _above_sky(_with_prior(fit, sources, flux, first), templates, coadd)
-        flux = np.maximum(np.abs(solution[:n]), _TINY)
-        settled = True
+    model = _Model(sources, flux, others, coadd)
+    model.settle()
+    parts = model.parts()
+    parent = np.repeat(np.arange(len(parts)), [len(own) for own, _ in parts])
+    if len(parent) > len(parts):
+        extended = extended[parent] & (np.bincount(parent)[parent] == 1)
+        flux = np.concatenate([own_flux for _, own_flux in parts])
+        model = _Model([one for own, _ in parts for one in own], flux, others, coadd)
+        model.settle()
+    return model.result(extended, parent)
+
+
+@dataclasses.dataclass
+class _Model:
+    """All sources of a patch, their templates, and what their parameters change."""
+
+    sources: list[_Source]
+    flux: np.ndarray
+    others: Sequence[Stamp]
+    coadd: Coadd
+
+    def __post_init__(self) -> None:
+        self._start = np.array([[s.y for s in self.sources], [s.x for s in self.sources]])
+        self._limit = 0.5 * np.array([self.coadd.fwhm[self.coadd.cell(s.y, s.x)] for s in self.sources])
+        self._own = [s.stamp(self.coadd) for s in self.sources]
+        self._slopes = [s.derivatives(self.coadd, t) for s, t in zip(self.sources, self._own, strict=True)]
+        # Of every source, the place of its first parameter besides the flux.
+        self._first = len(self.sources) + np.cumsum([0] + [len(group) for group in self._slopes])
+
+    @property
+    def _templates(self) -> list[Stamp]:
+        return self._own + [t for group in self._slopes for t in group] + list(self.others)
+
+    def settle(self) -> None:
+        """Take Gauss-Newton steps until no parameter moves."""
+        n = len(self.sources)
+        for _ in range(_PASSES):
+            templates = self._templates
+            fit = _with_prior(normal_equations(templates, self.coadd), self.sources, self.flux, self._first)
+            solution, _ = _above_sky(fit, templates, self.coadd)
+            self.flux = np.maximum(np.abs(solution[:n]), _TINY)
+            settled = True
+            for k, source in enumerate(self.sources):
+                step = solution[self._first[k] : self._first[k + 1]] / self.flux[k]
+                moved, distance = _moved(source, step, self._start[:, k], self._limit[k])
+                if distance > _SETTLED:
+                    settled = False
+                    self.sources[k], self._own[k] = moved, moved.stamp(self.coadd)
+                    self._slopes[k] = moved.derivatives(self.coadd, self._own[k])
+            if settled:
+                break
+
+    def _left(self, solution: np.ndarray, sky: float) -> np.ndarray:
+        """Return the data without sky and sources."""
+        return self.coadd.image - sky - render(self._templates, solution, self.coadd.shape)
+
+    def parts(self) -> list[tuple[list[_Source], np.ndarray]]:
+        """Return, of every source, itself or the two points that fit better than a galaxy, and the fluxes."""
+        templates = self._templates
+        fit = _with_prior(normal_equations(templates, self.coadd), self.sources, self.flux, self._first)
+        solution, sky = _above_sky(fit, templates, self.coadd)
+        left = self._left(solution, sky)
+        result = []
+        for k, (source, own) in enumerate(zip(self.sources, self._own, strict=True)):
+            pair = None
+            if source.shape is not None:
+                alone = left[own.slices] + solution[k] * own.array
+                for slope, amount in zip(self._slopes[k], solution[self._first[k] :], strict=False):
+                    alone += amount * slope.array
+                pair = fit_pair(alone, left[own.slices], own, GalaxyShape(*source.shape), self.coadd)
+            result.append(
+                ([source], self.flux[k : k + 1])
+                if pair is None
+                else ([_Source(*place) for place in pair.positions.tolist()], pair.flux)
+            )
+        return result
+
+    def result(self, extended: np.ndarray, parent: np.ndarray) -> SourceFit:
+        """Return the fit with its errors."""
+        coadd, sources, first, templates = self.coadd, self.sources, self._first, self._templates
+        n = len(sources)
+        full = _with_prior(JointFit.of(templates, coadd), sources, self.flux, first)
+        solution, sky = _above_sky(full, templates, coadd)
+        errors = full.errors()
+        certain = np.concatenate([np.arange(n), *(first[k] + np.arange(2) for k in range(n))])
+        certain = np.concatenate([certain, np.arange(first[-1], len(templates))])
+        pick = scipy.sparse.csr_array(
+            (np.ones(len(certain)), (certain, np.arange(len(certain)))), shape=(len(templates), len(certain))
+        )
+        fixed = full.combined(pick).errors()[:n]
+        shape_error = np.sqrt(np.maximum(errors[:n] ** 2 - fixed**2, 0.0))
+        flux = solution[:n]
+        left = self._left(solution, sky)
         for k, source in enumerate(sources):
-            step = solution[first[k] : first[k + 1]] / flux[k]
-            moved, distance = _moved(source, step, start[:, k], limit[k])
-            if distance > _SETTLED:
-                settled = False
-                sources[k], own[k] = moved, moved.stamp(coadd)
-                slopes[k] = moved.derivatives(coadd, own[k])
-        if settled:
-            break
-    templates = own + [t for group in slopes for t in group] + list(others)
-    full = _with_prior(JointFit.of(templates, coadd), sources, flux, first)
-    solution, sky = _above_sky(full, templates, coadd)
-    errors = full.errors()
-    certain = np.concatenate([np.arange(n), *(first[k] + np.arange(2) for k in range(n))])
-    certain = np.concatenate([certain, np.arange(first[-1], len(templates))])
-    pick = scipy.sparse.csr_array(
-        (np.ones(len(certain)), (certain, np.arange(len(certain)))), shape=(len(templates), len(certain))
-    )
-    fixed = full.combined(pick).errors()[:n]
-    shape_error = np.sqrt(np.maximum(errors[:n] ** 2 - fixed**2, 0.0))
-    flux = solution[:n]
-    left = coadd.image - sky - render(templates, solution, coadd.shape)
-    for k, source in enumerate(sources):
-        if source.shape is not None:
-            shape_error[k] = math.hypot(shape_error[k], _misfit(own[k], left, coadd) * errors[k])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        y_err, x_err = errors[first[:-1]] / np.abs(flux), errors[first[:-1] + 1] / np.abs(flux)
-        last = np.array([solution[first[:-1]], solution[first[:-1] + 1]]) / flux
-    position = np.array([[s.y for s in sources], [s.x for s in sources]])
-    position -= np.clip(np.nan_to_num(last), -_POSITION_STEP, _POSITION_STEP)
-    return SourceFit(
-        flux=flux,
-        error=np.hypot(fixed, shape_error),
-        shape_error=shape_error,
-        y=position[0],
-        x=position[1],
-        y_err=y_err,
-        x_err=x_err,
-        extended=extended,
-        sky=sky,
-    )
+            if source.shape is not None:
+                shape_error[k] = math.hypot(shape_error[k], _misfit(self._own[k], left, coadd) * errors[k])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            y_err, x_err = errors[first[:-1]] / np.abs(flux), errors[first[:-1] + 1] / np.abs(flux)
+            last = np.array([solution[first[:-1]], solution[first[:-1] + 1]]) / flux
+        position = np.array([[s.y for s in sources], [s.x for s in sources]])
+        position -= np.clip(np.nan_to_num(last), -_POSITION_STEP, _POSITION_STEP)
+        return SourceFit(
+            flux=flux,
+            error=np.hypot(fixed, shape_error),
+            shape_error=shape_error,
+            y=position[0],
+            x=position[1],
+            y_err=y_err,
+            x_err=x_err,
+            extended=extended,
+            parent=parent,
+            sky=sky,
+        )
 
 
 def _classify(sources: list[_Source], others: Sequence[Stamp], coadd: Coadd) -> tuple[np.ndarray, np.ndarray]:

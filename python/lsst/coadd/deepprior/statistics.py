@@ -61,7 +61,7 @@ _OPERATOR_CACHE_BYTES = 128 * 2**20
 _MIN_COVERAGE = 1e-3
 """Part of the prediction that must have data for a pixel to be changed."""
 
-_MAX_COVERAGE = 2.0
+MAX_COVERAGE = 2.0
 """Largest coverage; a bound of 1 would shift the solution where A predicts less than the visits do."""
 
 
@@ -219,6 +219,11 @@ class StatisticsSums:
         if self._with_coverage:
             _add(self._adjoint[1], chosen, visit.kernel.adjoint(prediction))
 
+    @property
+    def predicted(self) -> torch.Tensor:
+        """The adjoint of the prediction that has data, ``sum_t K_t^T w_t m_t K_t u_0`` (set, y, x)."""
+        return self._adjoint[1]
+
     def statistics(
         self, sets: VisitSets, models: torch.Tensor, coverage: torch.Tensor | None
     ) -> SetStatistics:
@@ -238,7 +243,7 @@ class StatisticsSums:
         gradient = self._adjoint[0]
         if coverage is None:
             predicted = self._adjoint[1]
-            coverage = (predicted / everywhere.clamp_min(tiny)).clamp_(0.0, _MAX_COVERAGE)
+            coverage = (predicted / everywhere.clamp_min(tiny)).clamp_(0.0, MAX_COVERAGE)
             seen = predicted.add_(gradient)
         else:
             seen = torch.addcmul(gradient, coverage, everywhere)
@@ -304,6 +309,8 @@ class PatchData:
         self._kept_kernels: dict[int, torch.Tensor] = {}
         self._kept_operators: dict[int, CellConvolution] = {}
         self._noise_of_gradient: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._statistics: SetStatistics | None = None
+        self._median: torch.Tensor | None = None
         n_visits = len(observations)
         self.weight = np.zeros((n_visits, layout.n_i, layout.n_j))
         """Inverse sky variance of visit and cell, 0 without a good pixel ((visit, i, j), 1/nJy^2). On a finer
@@ -338,6 +345,20 @@ class PatchData:
             raise ValueError(f"{len(observations)} visits cannot stand in for {len(self)}.")
         other = copy.copy(self)
         other._observations = observations
+        return other
+
+    def with_statistics(self, statistics: SetStatistics, median: torch.Tensor) -> PatchData:
+        """Return the same patch with the statistics of other pixel values, which are not read any more.
+
+        Parameters
+        ----------
+        statistics : `SetStatistics`
+            What `linearise` returns for all models.
+        median : `torch.Tensor`, (set, y, x)
+            What `lower_median` returns.
+        """
+        other = copy.copy(self)
+        other._statistics, other._median = statistics, median
         return other
 
     @property
@@ -592,6 +613,8 @@ class PatchData:
         statistics : `SetStatistics`
             The statistics of the sets; those of a set depend on the data of its own visits only.
         """
+        if self._statistics is not None:
+            return self._statistics
         sums = StatisticsSums(models, with_coverage=coverage is None)
         error = self.psf_error if psf_error is None else psf_error
 
@@ -628,6 +651,8 @@ class PatchData:
         median : `torch.Tensor`, (set, y, x)
             nJy, 0 far from all good pixels of a set.
         """
+        if self._median is not None:
+            return self._median
         return self.median_of_groups(
             sets,
             [

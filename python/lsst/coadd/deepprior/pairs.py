@@ -1,0 +1,114 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Two points or one galaxy? Least squares of both on the data of one source."""
+
+from __future__ import annotations
+
+__all__ = ("Pair", "fit_pair")
+
+import dataclasses
+import math
+
+import numpy as np
+import scipy.optimize
+
+from .galaxy_profiles import GalaxyShape
+from .joint_fit import Coadd, Stamp, render
+
+_CLEARLY = 25.0
+"""How much less the chi-square of two points must be than that of a galaxy, whose profile has one parameter
+more."""
+
+_LEAST_SEPARATION = 0.35
+"""Smallest separation of a pair in units of the FWHM: two nearer points cannot be told from a galaxy."""
+
+_LEAST_SHARE = 0.05
+"""Smallest part of the flux of a pair that its fainter member has."""
+
+_STARTS = (0.6, 1.0)
+"""Separations that the fit starts from, in units of the FWHM."""
+
+_MAX_STEPS = 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """Two points.
+
+    Parameters
+    ----------
+    positions : `numpy.ndarray`, (2, 2)
+        Positions (y, x) of both in the array of the patch.
+    flux : `numpy.ndarray`, (2,)
+        Their fluxes in nJy.
+    """
+
+    positions: np.ndarray
+    flux: np.ndarray
+
+
+def fit_pair(
+    alone: np.ndarray, left: np.ndarray, galaxy: Stamp, shape: GalaxyShape, coadd: Coadd
+) -> Pair | None:
+    """Fit two points to the data of a source that was fitted as a galaxy.
+
+    Parameters
+    ----------
+    alone : `numpy.ndarray`, (y, x)
+        Data in the box of the galaxy without sky and all other sources, in nJy.
+    left : `numpy.ndarray`, (y, x)
+        The same without the galaxy.
+    galaxy : `~lsst.coadd.deepprior.joint_fit.Stamp`
+        The galaxy as it was fitted, of unit flux.
+    shape : `~lsst.coadd.deepprior.galaxy_profiles.GalaxyShape`
+        Its shape, along which the points are looked for.
+    coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
+        Noise and PSF.
+
+    Returns
+    -------
+    pair : `Pair` or `None`
+        The points, if they fit clearly better.
+    """
+    box = galaxy.slices
+    good = coadd.good[box]
+    if not good.any():
+        return None
+    weight = np.where(good, coadd.variance[box], np.inf) ** -0.5
+    y, x = (float(c) for c in np.unravel_index(galaxy.array.argmax(), galaxy.array.shape))
+    centre = np.array([galaxy.y0 + y, galaxy.x0 + x])
+    fwhm = float(coadd.fwhm[coadd.cell(*centre)])
+    data = (weight * alone).ravel()
+
+    def point(y: float, x: float) -> np.ndarray:
+        stamp = coadd.point(y, x)
+        inside = stamp._replace(y0=stamp.y0 - galaxy.y0, x0=stamp.x0 - galaxy.x0).cropped(alone.shape)
+        return (weight * render([inside], np.ones(1), alone.shape)).ravel()
+
+    def solved(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        design = np.column_stack([point(*places[:2]), point(*places[2:])])
+        flux = np.linalg.lstsq(design, data)[0]
+        return data - design @ flux, flux
+
+    angle = 0.5 * math.atan2(shape.e2, shape.e1)
+    along = np.array([math.sin(angle), math.cos(angle)])
+    fits = []
+    for separation in _STARTS:
+        start = np.concatenate([centre + 0.5 * sign * separation * fwhm * along for sign in (1.0, -1.0)])
+        bounds = (start - fwhm, start + fwhm)
+        fits.append(
+            scipy.optimize.least_squares(lambda p: solved(p)[0], start, bounds=bounds, max_nfev=_MAX_STEPS)
+        )
+    best = min(fits, key=lambda fit: float(fit.cost))
+    places, flux = best.x.reshape(2, 2), solved(best.x)[1]
+    gain = float(np.sum((weight * left) ** 2)) - 2.0 * best.cost
+    if (
+        gain < _CLEARLY * coadd.noise_excess(coadd.psf[coadd.cell(*centre)])
+        or np.hypot(*(places[0] - places[1])) < _LEAST_SEPARATION * fwhm
+        or flux.min() < _LEAST_SHARE * flux.sum()
+    ):
+        return None
+    return Pair(places, flux)
