@@ -26,12 +26,12 @@ from .batches import Batches
 from .coupling import BandLight, coupled, typical_ratio
 from .noise import NoisyModel, coadd_layers, local_variance
 from .noise_correlation import visit_correlations
+from .noise_draws import draw_noise
 from .observation import Observation
 from .operators import CellLayout
 from .psf import FWHM_PER_SIGMA, target_sigma
 from .psf_check import InjectedStars, injected_latent, measure_leakage, place_stars
 from .restore import FittedPatch, Progress, Restoration, RestoreSettings, assemble, fit_patch, restore
-from .statistics import PatchData
 from .weights import TrainedNetwork
 
 if TYPE_CHECKING:
@@ -154,12 +154,15 @@ def _finished(
     residuals: list[list[np.ndarray]] = [[] for _ in patches]
     n_draws = max(settings.n_variance_draws, settings.n_noise_realizations)
     for draw in range(n_draws):
-        seed = settings.seed + 1000 * (draw + 1)
-        again = _restored_draw(patches, [p.points.latent for p in patches], seed, correlations)
-        for place, (patch, (noisy, latent)) in enumerate(zip(patches, again, strict=True)):
+        seeds = _seeds(settings.seed, draw, len(patches))
+        again = _restored_draw(patches, [p.points.latent for p in patches], seeds, correlations)
+        for place, (patch, latent) in enumerate(zip(patches, again, strict=True)):
             differences[place].append(patch.image(latent) - images[place])
             if draw < settings.n_noise_realizations:
-                residuals[place].append(coadd_layers(noisy, latent, patch.observations).residual)
+                data, visits = patch.data, patch.observations
+                model = NoisyModel(visits, data, patch.points.latent, seeds[place], correlations[place])
+                noisy = data.with_observations(model)
+                residuals[place].append(coadd_layers(noisy, latent, visits).residual)
         if progress is not None:
             progress("noise", draw + 1, n_draws, float(np.std(differences[0][-1])))
     marks["noise"] = time.monotonic() - mark
@@ -170,10 +173,11 @@ def _finished(
         with_stars = [
             p.points.latent + injected_latent(p.data, own) for p, own in zip(patches, stars, strict=True)
         ]
-        again = _restored_draw(patches, with_stars, settings.seed + 1000, correlations)
+        seeds = _seeds(settings.seed, 0, len(patches))
+        again = _restored_draw(patches, with_stars, seeds, correlations)
         leakage = [
             measure_leakage(patch.image(latent) - (image + first[0]), own, patch.data.sigma)
-            for patch, (_, latent), image, first, own in zip(
+            for patch, latent, image, first, own in zip(
                 patches, again, images, differences, stars, strict=True
             )
         ]
@@ -190,21 +194,23 @@ def _finished(
     return result
 
 
+def _seeds(seed: int, draw: int, n_bands: int) -> list[int]:
+    """Return the seed of a noise realisation in each band."""
+    return [seed + 1000 * (draw + 1) + _SEED_OF_BAND * place for place in range(n_bands)]
+
+
 def _restored_draw(
     patches: Sequence[FittedPatch],
     latents: Sequence[torch.Tensor],
-    seed: int,
+    seeds: Sequence[int],
     correlations: Sequence[np.ndarray],
-) -> list[tuple[PatchData, torch.Tensor]]:
-    """Draw new noise on models of all bands; return the visits, and what is restored from them together."""
+) -> list[torch.Tensor]:
+    """Draw new noise on models of all bands; return the latent images that are restored together from it."""
     lights = []
-    for place, (patch, latent) in enumerate(zip(patches, latents, strict=True)):
-        model = NoisyModel(
-            patch.observations, patch.data, latent, seed + _SEED_OF_BAND * place, correlations[place]
-        )
-        noisy = patch.data.with_observations(model)
+    for patch, latent, seed, correlation in zip(patches, latents, seeds, correlations, strict=True):
+        noisy = draw_noise(patch.data, patch.sets, latent, seed, correlation)
         lights.append(BandLight(noisy, patch.sets, patch.restored(noisy)))
-    return [(light.data, own.latent) for light, own in zip(lights, coupled(lights), strict=True)]
+    return [own.latent for own in coupled(lights)]
 
 
 def _common_stars(

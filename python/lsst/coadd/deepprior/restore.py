@@ -240,20 +240,20 @@ class FittedPatch:
         """Return x = r * u on the pixels of the patch ((y, x), float32, nJy)."""
         return _image(self.data, latent)
 
-    def restored(self, data: PatchData) -> torch.Tensor:
-        """Restore other pixel values of the same visits in the same way.
+    def restored(self, noisy: PatchData) -> torch.Tensor:
+        """Restore visits that were drawn in the same way.
 
         Parameters
         ----------
-        data : `~lsst.coadd.deepprior.statistics.PatchData`
-            The visits with other pixel values.
+        noisy : `~lsst.coadd.deepprior.statistics.PatchData`
+            What `~lsst.coadd.deepprior.noise_draws.draw_noise` has drawn.
 
         Returns
         -------
         latent : `torch.Tensor`, (y, x)
             Latent image u on the canvas, in nJy.
         """
-        return _restored_draw(data, self.sets, self.net, self.settings)
+        return _restored(noisy, self.sets, self.net, self.settings)
 
 
 def restore(
@@ -570,7 +570,13 @@ def _restored_draw(
     settings: RestoreSettings,
 ) -> torch.Tensor:
     """Return the latent image that is restored from new noise on a model."""
-    noisy = draw_noise(data, sets, latent, seed, correlations)
+    return _restored(draw_noise(data, sets, latent, seed, correlations), sets, net, settings)
+
+
+def _restored(
+    noisy: PatchData, sets: VisitSets, net: Trunk | None, settings: RestoreSettings
+) -> torch.Tensor:
+    """Return the latent image that is restored from visits that were drawn."""
     steps = math.ceil(_DRAW_STEPS * settings.base_steps)
     solution = maximum_likelihood(noisy, sets, steps=steps)
     features = encoder_features(solution)[0]
