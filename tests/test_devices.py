@@ -15,6 +15,7 @@ from toy import observe
 
 from lsst.coadd.deepprior.conditions import AXES
 from lsst.coadd.deepprior.fit import make_trunk
+from lsst.coadd.deepprior.multiband import restore_bands
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.restore import RestoreSettings, restore
@@ -69,6 +70,18 @@ def test_restoration_makes_every_tensor_where_it_computes(start: str) -> None:
         result = restore(visits, LAYOUT, SETTINGS, network=network, device=ACCELERATOR)
     np.testing.assert_array_equal(result.image, expected.image)
     np.testing.assert_array_equal(result.variance, expected.variance)
+
+
+def test_bands_are_coupled_where_they_are_restored() -> None:
+    visits = visits_of_all_kinds()
+    bands = {"g": visits[:4], "r": visits[5:9], "i": visits[9:]}
+    settings = dataclasses.replace(SETTINGS, steps=0)
+    expected = restore_bands(bands, LAYOUT, settings)
+    with PretendedAccelerator():
+        result = restore_bands(bands, LAYOUT, settings, device=ACCELERATOR)
+    for band, one in expected.items():
+        np.testing.assert_array_equal(result[band].image, one.image)
+        np.testing.assert_array_equal(result[band].variance, one.variance)
 
 
 def test_training_makes_every_tensor_where_it_computes() -> None:

@@ -243,3 +243,28 @@ def test_butler_takes_the_converter_to_exposures() -> None:
     )
     name = f"{to_exposure.__module__}.{to_exposure.__name__}"
     assert result.stdout.splitlines() == [name, "True True"]
+
+
+def test_multiband_quantum_has_the_warps_of_all_bands(drp_repo: Path) -> None:
+    butler = Butler.from_config(drp_repo)
+    pipeline = Pipeline.from_uri("$COADD_DEEPPRIOR_DIR/pipelines/multibandDeepPriorCoadd.yaml")
+    pipeline.addConfigFile("deepPriorCoadd", str(Path(__file__).parents[1] / "config" / "directWarps.py"))
+    pipeline.addConfigOverride("plotDeepPriorCoadd", "warp_form", "exposure")
+    graph = pipeline.to_graph(registry=butler.registry)
+    builder = AllDimensionsQuantumGraphBuilder(
+        graph, butler, input_collections=[RUN], output_run="u/test/bands"
+    )
+    built = builder.build(attach_datastore_records=False)
+    quanta = list(built.get_task_quanta("deepPriorCoadd").values())
+    assert len(quanta) == 2
+    assert len(built.get_task_quanta("measureDeepPriorCoadd")) == 4
+    for quantum in quanta:
+        assert set(quantum.dataId.dimensions.required) == {"tract", "patch", "skymap"}
+        inputs = {dataset_type.name: refs for dataset_type, refs in quantum.inputs.items()}
+        outputs = {dataset_type.name: refs for dataset_type, refs in quantum.outputs.items()}
+        # Two of the three visits of each band have an artifact mask.
+        assert len(inputs["direct_warp"]) == 4
+        bands = {ref.dataId["band"] for ref in inputs["direct_warp"]}
+        assert len(bands) == len(inputs["deep_coadd_visit_selection"]) == 2
+        assert {ref.dataId["band"] for ref in outputs["deep_prior_coadd"]} == bands
+        assert len(outputs["deep_prior_rgb"]) == 1

@@ -112,6 +112,27 @@ def test_band_without_data_is_left_out(
         quick_task().run(warps={"g": blind["g"]})
 
 
+def test_psfs_that_are_learned(by_band: dict[str, list[Warp]]) -> None:
+    result = quick_task(psf_mode="refine").run(warps=by_band)
+    for band, one in result.bands.items():
+        assert len(one.visit_psfs) == len(by_band[band])
+        assert "psf_refinement" in one.metrics
+
+
+def test_fits_go_on_where_they_were(by_band: dict[str, list[Warp]], tmp_path: Path) -> None:
+    files = {band: tmp_path / f"{band}.fit" for band in by_band}
+    task = quick_task(init="scratch", steps=3, checkpoint_every=1)
+    first = task.run(warps=by_band, checkpoints=files)
+    assert all(file.is_file() for file in files.values())
+    again = task.run(warps=by_band, checkpoints=files)
+    for band, one in first.bands.items():
+        np.testing.assert_allclose(
+            again.bands[band].coadd.image.array, one.coadd.image.array, rtol=1e-4, atol=1e-4
+        )
+    with pytest.raises(RuntimeError, match="coupled_bands"):
+        task.run(warps={"r": by_band["r"]}, checkpoints=files)
+
+
 def test_pipetask(repo: Path, tmp_path: Path) -> None:
     own = tmp_path / "repo"
     shutil.copytree(repo, own)
