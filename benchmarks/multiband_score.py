@@ -121,7 +121,7 @@ def _leaks(
         for row in scene.catalogue[scene.catalogue["only"]]:
             y, x = row["y"] - scene.start[0], row["x"] - scene.start[1]
             inside = metrics.near(scene.layout.shape, [x], [y], APERTURE_ARCSEC / scene.pixel_scale)
-            for other in scenes.keys() - {band}:
+            for other in [name for name in scenes if name != band]:
                 truth = scenes[other].catalogue
                 distance = scene.pixel_scale * np.hypot(truth["x"] - row["x"], truth["y"] - row["y"])
                 leak = float((with_singles[other] - without[other])[inside].sum() / row["flux_nJy"])
