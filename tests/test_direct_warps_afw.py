@@ -213,7 +213,7 @@ def test_patch_of_a_sky_map_without_cells_is_cut_into_cells() -> None:
     outer = Box.from_legacy(sky_map[0][PATCH].getOuterBBox())
     cells = geometry.patch.cells
     assert cells.bbox == outer
-    assert cells.cell_shape.as_tuple() == (60, 38)
+    assert tuple(cells.cell_shape) == (60, 38)
 
 
 def test_exposure_becomes_a_warp(sky_map: lsst.skymap.BaseSkyMap, geometry: PatchGeometry) -> None:
