@@ -128,6 +128,19 @@ def test_pairs_that_were_found_as_one_become_two(separation: float, snr: float) 
     assert 0.7 < 1.4826 * np.median(np.abs(pull)) < 1.3
 
 
+def test_a_point_beside_a_galaxy_is_no_pair_of_points() -> None:
+    rng = np.random.default_rng(10)
+    drawn = galsim.ImageD(80, 90, scale=1.0, xmin=0, ymin=0)
+    galaxy = galsim.Convolve(
+        galsim.Sersic(n=1.0, half_light_radius=4.0, flux=300.0 * POINT_ERROR), galsim.Gaussian(sigma=SEEING)
+    )
+    galaxy.drawImage(drawn, center=galsim.PositionD(42.5, 44.0), method="no_pixel")
+    star = gaussian_stars((90, 80), [(37.5, 44.0, 300.0 * POINT_ERROR)], SEEING)
+    image = drawn.array + star + rng.standard_normal((90, 80))
+    found = fit_sources(np.array([44.0]), np.array([39.0]), [], make_coadd(image))
+    assert len(found.flux) == 1
+
+
 def test_what_is_no_ellipse_has_larger_errors() -> None:
     """Three bright points, seen as one galaxy, which cannot have their shape, nor can a pair."""
     rng = np.random.default_rng(8)

@@ -33,6 +33,14 @@ _STARTS = (0.6, 1.0)
 
 _MAX_STEPS = 20
 
+_FOOTPRINT = 0.02
+_MISFIT = 3.0
+"""Brightness, as part of the peak, down to which pixels tell whether a pair fits, and the standard deviations
+of its reduced chi-square above 1 from which it does not: a point beside a galaxy is no pair of points."""
+
+_PSF_ERROR = 0.01
+"""Relative error of the PSF that pixels are granted there."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pair:
@@ -71,7 +79,7 @@ def fit_pair(
     Returns
     -------
     pair : `Pair` or `None`
-        The points, if they fit clearly better.
+        The points, if they fit clearly better, and well.
     """
     box = galaxy.slices
     good = coadd.good[box]
@@ -103,10 +111,16 @@ def fit_pair(
             scipy.optimize.least_squares(lambda p: solved(p)[0], start, bounds=bounds, max_nfev=_MAX_STEPS)
         )
     best = min(fits, key=lambda fit: float(fit.cost))
-    places, flux = best.x.reshape(2, 2), solved(best.x)[1]
-    gain = float(np.sum((weight * left) ** 2)) - 2.0 * best.cost
+    places, (rest, flux) = best.x.reshape(2, 2), solved(best.x)
+    excess = coadd.noise_excess(coadd.psf[coadd.cell(*centre)])
+    gain = float(np.sum((weight * left) ** 2) - np.sum(rest**2))
+    model = data - rest
+    lit = model > _FOOTPRINT * model.max(initial=0.0)
+    reduced = float(np.mean(rest[lit] ** 2 / (1.0 + (_PSF_ERROR * model[lit]) ** 2))) if lit.any() else np.inf
+    correlated = float((coadd.noise_correlation**2).sum())
     if (
-        gain < _CLEARLY * coadd.noise_excess(coadd.psf[coadd.cell(*centre)])
+        gain < _CLEARLY * excess
+        or reduced > 1.0 + _MISFIT * math.sqrt(2.0 * correlated / lit.sum())
         or np.hypot(*(places[0] - places[1])) < _LEAST_SEPARATION * fwhm
         or flux.min() < _LEAST_SHARE * flux.sum()
     ):
