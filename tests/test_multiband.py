@@ -230,6 +230,8 @@ def test_picture() -> None:
     red, green, blue = np.asarray(shown)[10, 20].astype(int)
     assert red > green == blue > 0
     assert "red i, green r, blue g" in figure.texts[0].get_text()
+    # Pixels of a small patch are shown as squares of 16 by 16.
+    np.testing.assert_allclose(figure.get_size_inches() * figure.dpi, (16 * 50, 16 * 30 + 50))
     chosen = draw_colour_picture("patch 1", {"g": image, "r": image}, 1.0, ["g", "r", "r"])
     assert "red g, green r, blue r" in chosen.texts[0].get_text()
     with pytest.raises(ValueError, match="images of one shape"):

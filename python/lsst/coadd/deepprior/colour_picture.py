@@ -24,6 +24,9 @@ _STRETCH = 5.0
 _SOFTENING = 8.0
 """The softening Q of the same picture, as Lupton et al. show the sky with."""
 
+_LEAST_SIZE = 800
+"""Pixels of the longer side of a picture; pixels of small patches are shown larger."""
+
 _DPI = 100
 """Pixels of the picture for an inch."""
 
@@ -84,7 +87,7 @@ def draw_colour_picture(
     Returns
     -------
     figure : `matplotlib.figure.Figure`
-        The picture, a pixel of it for each of the images, and a line that names the bands.
+        The picture, a square of whole pixels for each pixel of the images, and a line that names the bands.
 
     Raises
     ------
@@ -100,7 +103,8 @@ def draw_colour_picture(
     red, green, blue = (np.nan_to_num(images[band]) for band in chosen)
     with np.errstate(invalid="ignore"):  # of 0 / 0 where all three bands are dark
         picture = make_lupton_rgb(red, green, blue, stretch=_STRETCH * noise, Q=_SOFTENING)
-    height, width = red.shape
+    scale = max(1, round(_LEAST_SIZE / max(red.shape)))
+    height, width = (scale * n for n in red.shape)
     head = 0.5
     size = (width / _DPI, height / _DPI + head)
     figure = Figure(figsize=size, dpi=_DPI)
