@@ -444,9 +444,9 @@ class DeepPriorCoaddTask(PipelineTask):
             is asked for, the network that comes with the package is missing or damaged, or the checkpoint is
             of other inputs or settings.
         """
+        started = time.monotonic()
         from ..parallel import use_threads
 
-        started = time.monotonic()
         network = self._network_of_start(network)
         cache = self.config.cache_gib
         cache_bytes = default_cache_bytes(memory_bytes) if cache is None else cache * 2**30

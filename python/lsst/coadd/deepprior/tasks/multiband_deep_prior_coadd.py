@@ -173,11 +173,11 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
         RuntimeError
             Raised as by `DeepPriorCoaddTask.run`, and if the cells of the bands differ.
         """
+        started = time.monotonic()
         from ..colour_picture import draw_colour_picture
         from ..multiband import restore_bands
         from ..parallel import use_threads
 
-        started = time.monotonic()
         network = self._network_of_start(network)
         cache = self.config.cache_gib
         cache_bytes = default_cache_bytes(memory_bytes) if cache is None else cache * 2**30
