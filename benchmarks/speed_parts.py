@@ -194,6 +194,7 @@ def achieved(device: str) -> dict[str, Any]:
         "limit of bytes/s: copy": large.clone,
     }
     times = in_turns(functions, device)
+    use_threads(1)  # operations are counted in one thread
     result = {}
     for name, function in functions.items():
         with Work() as work:
