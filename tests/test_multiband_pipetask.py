@@ -155,4 +155,5 @@ def test_pipetask(repo: Path, tmp_path: Path) -> None:
     assert metrics["coupled_with"] == ["i"]
     picture = matplotlib.image.imread(butler.getURI("deep_prior_rgb", patch).ospath)
     assert picture.ndim == 3
-    assert picture.shape[1] == coadd.image.array.shape[1]
+    # Of a patch of 96 pixels each is shown as a square of 8 by 8.
+    assert picture.shape[1] == 8 * coadd.image.array.shape[1]
