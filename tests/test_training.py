@@ -156,7 +156,7 @@ def test_patch_outside_of_the_trained_ranges_is_fitted_from_scratch(trained) -> 
     scratch = restore(visits, layout, QUICK)
     np.testing.assert_array_equal(result.image, scratch.image)
     single = restore(visits[:1], layout, QUICK, network=network)
-    assert single.metrics["method"] == "maximum likelihood: one visit cannot be split"
+    assert single.metrics["method"] == "network fitted from scratch"
     assert "n_visits = 1, trained from 5 to 9" in single.metrics["network"]["outside"]
 
 

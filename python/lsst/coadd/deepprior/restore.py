@@ -31,6 +31,7 @@ from .conditions import patch_conditions
 from .data_steps import data_steps
 from .finer import block_correlation
 from .fit import mean_latent_image
+from .halves import NoiseHalves
 from .joint_fit import Coadd
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
@@ -478,10 +479,9 @@ def fit_patch(
         method = "pretrained network"
     elif settings.steps == 0:
         method = "maximum likelihood: no steps asked for"
-    elif data.n_groups == 1:
-        method = "maximum likelihood: one visit cannot be split"
     else:
-        net, curve = fit_scratch(data, settings, progress, checkpoint, batches)
+        to_fit = data if data.n_groups > 1 else _in_halves(data, features, observations, settings)
+        net, curve = fit_scratch(to_fit, settings, progress, checkpoint, batches)
         method = "network fitted from scratch"
         curves["fit_step"] = [float(step) for step, _ in curve]
         curves["held_out"] = [value for _, value in curve]
@@ -501,6 +501,24 @@ def fit_patch(
         curves=curves,
         times=times,
         started=started,
+    )
+
+
+def _in_halves(
+    data: PatchData, features: Features, observations: Sequence[Observation], settings: RestoreSettings
+) -> PatchData:
+    """Return a patch of one visit as one of two, which can be split."""
+    base = latent_and_slope(features.start, features.noise)[0]
+    halves = NoiseHalves(observations, visit_correlations(data, base, observations), settings.seed)
+    return PatchData(
+        halves,
+        data.layout,
+        data.sigma,
+        margin=data.margin,
+        huber_delta=data.huber_delta,
+        psf_error=data.psf_error,
+        device=data.device,
+        dtype=data.dtype,
     )
 
 
