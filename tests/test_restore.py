@@ -115,6 +115,14 @@ def test_few_visits(n_visits: int) -> None:
     assert fit_star(result.image, x=20.2, y=15.7, radius=4).flux == pytest.approx(8000.0, rel=0.02)
 
 
+def test_noise_of_one_visit_is_not_learned() -> None:
+    """Its halves share no noise; of halves that did, the network would keep most of what the base has."""
+    visits = observe(LAYOUT, STARS, [1.8], seed=3)
+    base, fitted = (restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=steps)) for steps in (0, 20))
+    blank = gaussian_stars(LAYOUT.shape, STARS, 1.8) < 0.01
+    assert fitted.image[blank].std() < 0.1 * base.image[blank].std()
+
+
 def test_gap_keeps_the_model_and_is_flagged() -> None:
     visits = observe(LAYOUT, STARS, [1.6, 1.8, 2.2], seed=4)
     for visit in visits:

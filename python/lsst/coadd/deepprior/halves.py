@@ -16,15 +16,17 @@ and their mean is the visit itself.
 
 from __future__ import annotations
 
-__all__ = ("NoiseHalves",)
+__all__ = ("NoiseHalves", "in_halves")
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from .noise_correlation import correlated_noise
+from .noise_correlation import correlated_noise, visit_correlations
 from .observation import Observation
+from .statistics import PatchData
 
 
 class NoiseHalves(Sequence[Observation]):
@@ -73,3 +75,36 @@ class NoiseHalves(Sequence[Observation]):
             variance=2.0 * whole.variance,
             name=f"{whole.name}, {'second' if half else 'first'} half of the noise",
         )
+
+
+def in_halves(
+    data: PatchData, latent: torch.Tensor, observations: Sequence[Observation], seed: int
+) -> PatchData:
+    """Return a patch with two visits in place of each, which share no noise.
+
+    Parameters
+    ----------
+    data : `~lsst.coadd.deepprior.statistics.PatchData`
+        The patch.
+    latent : `torch.Tensor`, (y, x)
+        Latent image u on the canvas, in nJy, behind which the noise of the visits is measured.
+    observations : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.observation.Observation`]
+        The visits of the patch.
+    seed : `int`
+        Seed of the noise that is added.
+
+    Returns
+    -------
+    halves : `~lsst.coadd.deepprior.statistics.PatchData`
+        The patch with the same canvas and target PSF.
+    """
+    return PatchData(
+        NoiseHalves(observations, visit_correlations(data, latent, observations), seed),
+        data.layout,
+        data.sigma,
+        margin=data.margin,
+        huber_delta=data.huber_delta,
+        psf_error=data.psf_error,
+        device=data.device,
+        dtype=data.dtype,
+    )

@@ -31,7 +31,7 @@ from .conditions import patch_conditions
 from .data_steps import data_steps
 from .finer import block_correlation
 from .fit import mean_latent_image
-from .halves import NoiseHalves
+from .halves import in_halves
 from .joint_fit import Coadd
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import CoaddLayers, NoisyModel, coadd_layers, local_variance
@@ -334,8 +334,8 @@ def restore(
 
     Notes
     -----
-    Without a trained network a single visit cannot be restored by one, since there is nothing to split: the
-    result is the maximum-likelihood base. ``metrics["method"]`` says what was done.
+    A single visit is split by its noise (see `~lsst.coadd.deepprior.halves`) for a network to be fitted to it.
+    ``metrics["method"]`` says what was done.
     """
     fitted = fit_patch(
         observations,
@@ -480,7 +480,10 @@ def fit_patch(
     elif settings.steps == 0:
         method = "maximum likelihood: no steps asked for"
     else:
-        to_fit = data if data.n_groups > 1 else _in_halves(data, features, observations, settings)
+        to_fit = data
+        if data.n_groups == 1:
+            base = latent_and_slope(features.start, features.noise)[0]
+            to_fit = in_halves(data, base, observations, settings.seed)
         net, curve = fit_scratch(to_fit, settings, progress, checkpoint, batches)
         method = "network fitted from scratch"
         curves["fit_step"] = [float(step) for step, _ in curve]
@@ -501,24 +504,6 @@ def fit_patch(
         curves=curves,
         times=times,
         started=started,
-    )
-
-
-def _in_halves(
-    data: PatchData, features: Features, observations: Sequence[Observation], settings: RestoreSettings
-) -> PatchData:
-    """Return a patch of one visit as one of two, which can be split."""
-    base = latent_and_slope(features.start, features.noise)[0]
-    halves = NoiseHalves(observations, visit_correlations(data, base, observations), settings.seed)
-    return PatchData(
-        halves,
-        data.layout,
-        data.sigma,
-        margin=data.margin,
-        huber_delta=data.huber_delta,
-        psf_error=data.psf_error,
-        device=data.device,
-        dtype=data.dtype,
     )
 
 
