@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from lsst.coadd.deepprior.halves import NoiseHalves
+from lsst.coadd.deepprior.halves import NoiseHalves, in_halves
 from lsst.coadd.deepprior.noise_correlation import correlated_noise
 from lsst.coadd.deepprior.observation import Observation
+from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.psf import gaussian_stamp
+from lsst.coadd.deepprior.statistics import PatchData
 
 LAGS = np.zeros((3, 3))
 LAGS[1] = 0.4, 1.0, 0.4
@@ -27,7 +31,7 @@ def visit(rng: np.random.Generator) -> Observation:
     good[20:40, 33:90] = False
     flux = correlated_noise(shape, LAGS, rng) * np.sqrt(variance)
     flux[~good], variance[~good] = np.nan, np.nan
-    return Observation(flux, variance, good, np.ones((1, 1, 1, 1)), (3, 5), "visit 7")
+    return Observation(flux, variance, good, gaussian_stamp(1.5)[None, None], (3, 5), "visit 7")
 
 
 def test_halves_share_no_noise_and_their_mean_is_the_visit() -> None:
@@ -74,3 +78,19 @@ def test_a_correlation_for_every_visit_is_asked_for() -> None:
     whole = visit(np.random.default_rng(1))
     with pytest.raises(ValueError, match="1 visits need as many correlations"):
         NoiseHalves([whole], np.stack([LAGS, LAGS]), seed=3)
+
+
+def test_patch_in_halves_measures_the_correlation_of_the_noise() -> None:
+    whole = visit(np.random.default_rng(1))
+    data = PatchData([whole], CellLayout(1, 1, 311, 419), 1.0, margin=7)
+    halves = in_halves(data, torch.zeros(data.shape), [whole], seed=2)
+    assert halves.n_groups == 2
+    assert (halves.sigma, halves.shape) == (data.sigma, data.shape)
+    one, other = (
+        torch.where(half.weight > 0, half.flux / half.variance.sqrt(), 0.0)[7 + 3 : 7 + 303, 7 + 5 : 7 + 415]
+        for half in (halves.visit(0), halves.visit(1))
+    )
+    n = whole.good.sum()
+    assert float((one * one).sum()) / n == pytest.approx(1.0, abs=0.02)
+    for product in (one * other, one[:, 1:] * other[:, :-1], one[1:] * other[:-1]):
+        assert abs(float(product.sum()) / n) < 0.013

@@ -334,8 +334,8 @@ def restore(
 
     Notes
     -----
-    A single visit is split by its noise (see `~lsst.coadd.deepprior.halves`) for a network to be fitted to it.
-    ``metrics["method"]`` says what was done.
+    A network is fitted to a single visit too, which is split by its noise (see
+    `~lsst.coadd.deepprior.halves`). ``metrics["method"]`` says what was done.
     """
     fitted = fit_patch(
         observations,
