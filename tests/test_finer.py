@@ -33,7 +33,7 @@ from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.point_sources import point_latent
 from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp
-from lsst.coadd.deepprior.restore import RestoreSettings, restore
+from lsst.coadd.deepprior.restore import RestoreSettings, fit_patch, restore
 from lsst.coadd.deepprior.statistics import PatchData
 from lsst.coadd.deepprior.weights import TrainedNetwork, packaged_network
 
@@ -374,6 +374,24 @@ def test_rebinned_image_is_the_normal_one(oversampling: int) -> None:
     assert np.ptp(phases) < 0.05 * noise / oversampling**2
     assert np.isfinite(fine.variance).all()
     assert fine.image.shape == fine.prior_carried.shape == fine.residual.shape
+
+
+@pytest.mark.parametrize("oversampling", OVERSAMPLINGS)
+def test_light_of_stars_is_not_doubled_after_many_steps(oversampling: int) -> None:
+    """A point may be more than a fine pixel from the peak that it takes the place of."""
+    visits = observe(FIELD, [(11.3, 25.6, 4000.0), (26.1, 12.2, 1500.0)], [1.5, 1.6, 1.7, 1.8], noise=4.0)
+    visits, layout = finer(visits, oversampling), finer_layout(FIELD, oversampling)
+    few, many = (
+        fit_patch(
+            visits,
+            layout,
+            dataclasses.replace(QUICK, base_steps=steps, target_fwhm=2.5 * oversampling),
+        )
+        for steps in (160, 960)
+    )
+    assert sorted(many.points.flux) == pytest.approx([1500.0, 4000.0], rel=0.03)
+    few_sum, many_sum = (float(fitted.image(fitted.points.latent).sum()) for fitted in (few, many))
+    assert many_sum == pytest.approx(few_sum, rel=0.005)
 
 
 @pytest.mark.parametrize("start", ["scratch", "trained"])

@@ -324,7 +324,7 @@ def point_sources(data: PatchData, sets: VisitSets, latent: torch.Tensor) -> Poi
     for number in range(_ROUNDS):
         if len(points) == 0:
             break
-        rest = _rest(canvas, points)
+        rest = _rest(canvas, points, peaks)
         groups = _groups(points, _LINK * canvas.seeing)
         for least in _PSF_ERRORS if number == 0 else (0.0,):
             canvas.linearise(canvas.model(rest, points), max(least, data.psf_error))
@@ -337,7 +337,7 @@ def point_sources(data: PatchData, sets: VisitSets, latent: torch.Tensor) -> Poi
         points, peaks = points[stays], peaks[stays]
     flux, x, y = points.T
     if len(points):
-        latent = canvas.model(_rest(canvas, points), points)
+        latent = canvas.model(_rest(canvas, points, peaks), points)
     return PointSources(latent, y, x, flux, n_candidates)
 
 
@@ -355,15 +355,15 @@ def _first_guess(canvas: _Canvas, peaks: np.ndarray) -> np.ndarray:
     return np.column_stack([flux, columns + x, rows + y])
 
 
-def _rest(canvas: _Canvas, points: np.ndarray) -> np.ndarray:
+def _rest(canvas: _Canvas, points: np.ndarray, peaks: np.ndarray) -> np.ndarray:
     """Return the latent image without the light of points, (y, x).
 
     Pixels of the disc of a point, but for those that are nearer to a peak that is none, take the light of the
-    ring around it, if that is less.
+    ring around it, if that is less. A point may have left its peak, which is its own all the same.
     """
     centres = scipy.spatial.cKDTree(points[:, :0:-1])
     others = canvas.peaks(3, _PEAK_SNR).astype(float)
-    others = others[centres.query(others)[0] > 1.0] if len(others) else others
+    others = others[scipy.spatial.cKDTree(peaks).query(others)[0] > 1.0] if len(others) else others
     core, reach = _CORE * canvas.data.sigma, math.ceil(_CORE * canvas.data.sigma + _RING)
     boxes = []
     discs = np.zeros(canvas.latent.shape, dtype=bool)
