@@ -31,13 +31,14 @@ from sky import Sky
 
 from lsst.coadd.deepprior.deblend import DetectionSettings
 from lsst.coadd.deepprior.evaluate import Detections, match
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.joint_fit import Coadd, Stamp
 from lsst.coadd.deepprior.measure import MeasureInputs, adaptive_moments, measure_sources
 from lsst.coadd.deepprior.noise_correlation import noise_correlation
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA
-from lsst.coadd.deepprior.restore import RestoreSettings, restore
+from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.truth import AB_ZERO_POINT, GALSIM, galaxy_profile
 from lsst.coadd.deepprior.weights import packaged_network
 

@@ -150,10 +150,11 @@ def _restore(scene: Any, settings: Sequence[str], *, pretrained: bool) -> Output
     """Restore with this software, and measure sources on model and residual."""
     from scenes import TARGET_SIGMA
 
+    from lsst.coadd.deepprior.fitted_patch import RestoreSettings
     from lsst.coadd.deepprior.joint_fit import Coadd
     from lsst.coadd.deepprior.measure import MeasureInputs, measure_sources
     from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA
-    from lsst.coadd.deepprior.restore import RestoreSettings, restore
+    from lsst.coadd.deepprior.restore import restore
 
     start: dict[str, Any] = {}
     if pretrained:

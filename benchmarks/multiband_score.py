@@ -73,7 +73,7 @@ def _restored(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
     """Restore each band alone, then together; return both images of each band, and numbers."""
     from lsst.coadd.deepprior.coupling import BandLight, coupled
-    from lsst.coadd.deepprior.restore import RestoreSettings, fit_patch
+    from lsst.coadd.deepprior.fitted_patch import RestoreSettings, fit_patch
     from lsst.coadd.deepprior.weights import packaged_network
 
     settings = RestoreSettings(target_fwhm=FWHM_PER_SIGMA * TARGET_SIGMA)

@@ -30,11 +30,12 @@ from scenes import BenchScene
 from simulation import bench_scene
 
 from lsst.coadd.deepprior.families import family_scene
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.psf import StarFit, fit_star, shift_stamp
 from lsst.coadd.deepprior.psf_refinement import CorrectedObservations, PsfRefinement, refine_psfs
-from lsst.coadd.deepprior.restore import RestoreSettings, restore
+from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.simulate import Scene
 from lsst.coadd.deepprior.weights import packaged_network
 

@@ -32,8 +32,8 @@ from lsst.coadd.deepprior.network import FEATURES, Trunk
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.parallel import use_threads
+from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.psf import gaussian_stamp
-from lsst.coadd.deepprior.statistics import PatchData
 from lsst.daf.butler import Butler
 
 REPEATS = 7

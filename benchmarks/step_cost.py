@@ -31,8 +31,8 @@ from lsst.coadd.deepprior.fit import SplitLoss, make_trunk
 from lsst.coadd.deepprior.groups import deal_splits
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.psf import gaussian_stamp
-from lsst.coadd.deepprior.statistics import PatchData
 
 LAYOUT = CellLayout(2, 2, 80, 80)
 STAMP = 31

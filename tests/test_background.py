@@ -12,8 +12,9 @@ import dataclasses
 import numpy as np
 from toy import gaussian_stars, observe
 
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.restore import RestoreSettings, restore
+from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.weights import packaged_network
 
 LAYOUT = CellLayout(2, 2, 70, 80)

@@ -16,8 +16,8 @@ from lsst.coadd.deepprior.baselines import maximum_likelihood
 from lsst.coadd.deepprior.conditions import AXES, patch_conditions
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA
-from lsst.coadd.deepprior.statistics import PatchData
 
 LAYOUT = CellLayout(2, 3, 32, 26)
 SIGMA = 0.9

@@ -12,7 +12,7 @@ from toy import observe
 from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
 from lsst.coadd.deepprior.data_steps import data_steps
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.statistics import PatchData
+from lsst.coadd.deepprior.patch_data import PatchData
 
 LAYOUT = CellLayout(1, 2, 50, 34)
 STARS = [(19.3, 22.6, 3000.0), (50.1, 30.2, 12.0)]

@@ -20,8 +20,8 @@ from lsst.coadd.deepprior.deconvolution import coadd_deconvolution, richardson_l
 from lsst.coadd.deepprior.linear_coadds import PeerImage, inverse_variance_coadd
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp
-from lsst.coadd.deepprior.statistics import PatchData
 
 LAYOUT = CellLayout(1, 2, 60, 44)
 SIGMA = 0.9

@@ -15,10 +15,11 @@ from toy import observe
 
 from lsst.coadd.deepprior.conditions import AXES
 from lsst.coadd.deepprior.fit import make_trunk
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.multiband import restore_bands
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.restore import RestoreSettings, restore
+from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.training import Trainer, TrainingPatch, TrainSettings
 from lsst.coadd.deepprior.weights import TrainedNetwork
 

@@ -24,7 +24,7 @@ from lsst.coadd.deepprior.estimate import (
     estimate,
     job_requests,
 )
-from lsst.coadd.deepprior.restore import MARGIN
+from lsst.coadd.deepprior.fitted_patch import MARGIN
 from lsst.coadd.deepprior.warps import Warp
 
 ROOT = Path(__file__).parents[1]

@@ -22,10 +22,11 @@ from lsst.coadd.deepprior import fit, restore
 from lsst.coadd.deepprior.baselines import MaximumLikelihood
 from lsst.coadd.deepprior.batches import Batches
 from lsst.coadd.deepprior.devices import Gpu, choose_device, visible_gpus
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.groups import deal_splits
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.restore import RestoreSettings
-from lsst.coadd.deepprior.statistics import PatchData, VisitSets
+from lsst.coadd.deepprior.patch_data import PatchData
+from lsst.coadd.deepprior.statistics import VisitSets
 from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddConfig, DeepPriorCoaddTask
 from lsst.coadd.deepprior.warps import Warp
 

@@ -28,13 +28,14 @@ from lsst.coadd.deepprior.finer import (
     spread_psf,
 )
 from lsst.coadd.deepprior.fit import make_trunk
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings, fit_patch
 from lsst.coadd.deepprior.noise import coadd_layers
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.point_sources import point_latent
+from lsst.coadd.deepprior.patch_data import PatchData
+from lsst.coadd.deepprior.point_templates import point_latent
 from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp
-from lsst.coadd.deepprior.restore import RestoreSettings, fit_patch, restore
-from lsst.coadd.deepprior.statistics import PatchData
+from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.weights import TrainedNetwork, packaged_network
 
 LAYOUT = CellLayout(2, 3, 20, 16)

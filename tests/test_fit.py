@@ -29,7 +29,7 @@ from lsst.coadd.deepprior.groups import deal_splits
 from lsst.coadd.deepprior.network import FEATURES, Features, Trunk, encoder_features, latent_and_slope
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.statistics import PatchData
+from lsst.coadd.deepprior.patch_data import PatchData
 
 LAYOUT = CellLayout(2, 1, 24, 41)
 STARS = [(20.2, 15.7, 900.0), (30.0, 30.4, 300.0)]

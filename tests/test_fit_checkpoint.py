@@ -26,9 +26,10 @@ from toy import observe
 
 from lsst.coadd.deepprior.checkpoint import CheckpointError
 from lsst.coadd.deepprior.fit_checkpoint import FitCheckpoint, checkpoint_file, inputs_digest
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.restore import Restoration, RestoreSettings, restore
+from lsst.coadd.deepprior.restore import Restoration, restore
 
 LAYOUT = CellLayout(2, 1, 20, 33)
 SETTINGS = RestoreSettings(

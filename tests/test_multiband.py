@@ -17,10 +17,11 @@ from toy import gaussian_stars, observe
 
 from lsst.coadd.deepprior.colour_picture import choose_bands, draw_colour_picture, in_order
 from lsst.coadd.deepprior.coupling import BandLight, coupled, typical_ratio
+from lsst.coadd.deepprior.fitted_patch import FittedPatch, RestoreSettings, fit_patch
 from lsst.coadd.deepprior.multiband import restore_bands
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.restore import FittedPatch, RestoreSettings, fit_patch, restore
+from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.weights import packaged_network
 
 LAYOUT = CellLayout(2, 1, 60, 110)

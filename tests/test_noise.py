@@ -15,8 +15,8 @@ from toy import gaussian_stars, observe
 from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
 from lsst.coadd.deepprior.noise import NoisyModel, coadd_layers, entering_visits, local_variance
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp, inner_sigma
-from lsst.coadd.deepprior.statistics import PatchData
 
 LAYOUT = CellLayout(2, 3, 30, 26)
 SIGMA = 0.9

@@ -21,9 +21,9 @@ from lsst.coadd.deepprior.noise_correlation import (
     visit_correlations,
 )
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.psf import gaussian_stamp
 from lsst.coadd.deepprior.resampling import Resampling
-from lsst.coadd.deepprior.statistics import PatchData
 
 SIGMA = 0.9
 

@@ -16,8 +16,9 @@ from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
 from lsst.coadd.deepprior.noise import NoisyModel
 from lsst.coadd.deepprior.noise_draws import draw_noise
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.psf import inner_sigma
-from lsst.coadd.deepprior.statistics import PatchData, VisitSets
+from lsst.coadd.deepprior.statistics import VisitSets
 
 LAYOUT = CellLayout(2, 2, 40, 36)
 SIGMA = 0.9

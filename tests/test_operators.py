@@ -13,7 +13,7 @@ from toy import observe
 
 from lsst.coadd.deepprior import operators
 from lsst.coadd.deepprior.operators import CellConvolution, CellLayout, gram_kernels
-from lsst.coadd.deepprior.statistics import PatchData
+from lsst.coadd.deepprior.patch_data import PatchData
 
 # Rows, columns, height, width, margin, kernel size: halos of 3, 4, 5, 2, 0, 6 and 7 pixels, also wider than
 # the cells, cells of one pixel in one direction, and margins wider and narrower than cell and halo.

@@ -15,7 +15,7 @@ from lsst.coadd.deepprior.baselines import maximum_likelihood
 from lsst.coadd.deepprior.noise import CoaddLayers, coadd_layers
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.outliers import outlier_table
-from lsst.coadd.deepprior.statistics import PatchData
+from lsst.coadd.deepprior.patch_data import PatchData
 
 LAYOUT = CellLayout(2, 3, 40, 36)
 SIGMA = 0.9

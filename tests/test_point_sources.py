@@ -15,9 +15,10 @@ from toy import gaussian_stars, observe
 from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.point_sources import PointSources, point_latent, point_sources
+from lsst.coadd.deepprior.patch_data import PatchData
+from lsst.coadd.deepprior.point_sources import PointSources, point_sources
+from lsst.coadd.deepprior.point_templates import point_latent
 from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp
-from lsst.coadd.deepprior.statistics import PatchData
 
 LAYOUT = CellLayout(2, 1, 40, 70)
 SIGMA = 0.9

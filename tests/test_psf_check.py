@@ -10,11 +10,12 @@ import pytest
 from toy import gaussian_stars, observe
 
 from lsst.coadd.deepprior.baselines import inner_smooth
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.psf_check import SNRS, injected_latent, measure_leakage, place_stars
-from lsst.coadd.deepprior.restore import RestoreSettings, restore
-from lsst.coadd.deepprior.statistics import PatchData
+from lsst.coadd.deepprior.restore import restore
 
 LAYOUT = CellLayout(2, 2, 90, 100)
 SIGMA = 0.9

@@ -13,9 +13,9 @@ from toy import gaussian_stars, observe
 
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.patch_data import NothingToRestoreError
 from lsst.coadd.deepprior.psf import StarFit, fit_star
 from lsst.coadd.deepprior.psf_refinement import CorrectedObservations, PsfRefinement, refine_psfs, summary
-from lsst.coadd.deepprior.statistics import NothingToRestoreError
 
 LAYOUT = CellLayout(1, 2, 96, 64)
 SEEING = [1.7, 1.9, 2.2, 1.8]

@@ -14,11 +14,12 @@ from toy import gaussian_stars, observe
 
 from lsst.coadd.deepprior.baselines import maximum_likelihood
 from lsst.coadd.deepprior.conditions import AXES
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.network import FEATURES, Trunk, encoder_features, latent_and_slope
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.patch_data import NothingToRestoreError, PatchData
 from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp
-from lsst.coadd.deepprior.restore import RestoreSettings, restore
-from lsst.coadd.deepprior.statistics import NothingToRestoreError, PatchData
+from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.weights import TrainedNetwork
 
 LAYOUT = CellLayout(2, 2, 35, 45)

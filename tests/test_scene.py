@@ -12,9 +12,10 @@ import pytest
 import scipy.ndimage
 import sep
 
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.psf import fwhm
-from lsst.coadd.deepprior.restore import Restoration, RestoreSettings, restore
+from lsst.coadd.deepprior.restore import Restoration, restore
 from lsst.coadd.deepprior.simulate import SceneConfig, simulate_scene
 from lsst.coadd.deepprior.truth import render
 from lsst.coadd.deepprior.warps import Warp

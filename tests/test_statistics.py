@@ -15,13 +15,14 @@ import pytest
 import torch
 from toy import gaussian_stars, observe
 
+from lsst.coadd.deepprior import patch_data as patch_data_module
 from lsst.coadd.deepprior import statistics as statistics_module
 from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood, maximum_likelihood_step
 from lsst.coadd.deepprior.fit import SplitLoss, make_trunk
 from lsst.coadd.deepprior.groups import MAX_GROUPS, deal_splits
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.statistics import NothingToRestoreError, PatchData
+from lsst.coadd.deepprior.patch_data import NothingToRestoreError, PatchData
 
 LAYOUT = CellLayout(2, 3, 22, 17)
 SMALL = CellLayout(1, 2, 18, 21)
@@ -374,8 +375,8 @@ def kept_bytes(visits: OnDemand) -> int:
 def test_memory_does_not_depend_on_the_number_of_visits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a fit keeps of 12 and of 60 visits that are made on demand; no visit is kept."""
     one_kernel = 1 * 2 * 15 * 15 * 4
-    monkeypatch.setattr(statistics_module, "_KERNEL_CACHE_BYTES", 3 * one_kernel)
-    monkeypatch.setattr(statistics_module, "_OPERATOR_CACHE_BYTES", 0)
+    monkeypatch.setattr(patch_data_module, "_KERNEL_CACHE_BYTES", 3 * one_kernel)
+    monkeypatch.setattr(patch_data_module, "_OPERATOR_CACHE_BYTES", 0)
     kept = []
     for n_visits in (MAX_GROUPS, 5 * MAX_GROUPS):
         visits = OnDemand(n_visits)

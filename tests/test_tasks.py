@@ -26,9 +26,9 @@ import lsst.pipe.base.testUtils
 from lsst.coadd.deepprior import weights
 from lsst.coadd.deepprior.cells import make_cell_psf
 from lsst.coadd.deepprior.deblend import DetectionSettings
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.network import Trunk
 from lsst.coadd.deepprior.network_dataset import network_to_dataset
-from lsst.coadd.deepprior.restore import RestoreSettings
 from lsst.coadd.deepprior.tasks.deep_prior_coadd import (
     DeepPriorCoaddConfig,
     DeepPriorCoaddConnections,
@@ -278,7 +278,7 @@ def test_pretrained_start(
 
     The steps that the data take after any network are left out.
     """
-    monkeypatch.setattr("lsst.coadd.deepprior.restore.data_steps", lambda data, sets, latent, *_: latent)
+    monkeypatch.setattr("lsst.coadd.deepprior.fitted_patch.data_steps", lambda data, sets, latent, *_: latent)
     base = quick_task(steps=0).run(warps=warps)
     network = network_for(restored)
     with caplog.at_level(logging.INFO):

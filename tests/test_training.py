@@ -14,9 +14,10 @@ import torch
 from toy import observe
 
 from lsst.coadd.deepprior.conditions import AXES
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA, fit_star
-from lsst.coadd.deepprior.restore import RestoreSettings, restore
+from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.training import Trainer, TrainingPatch, TrainSettings
 from lsst.coadd.deepprior.weights import TrainedNetwork
 

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional
 
 from .parallel import by_rows
+from .patch_data import PatchData
 from .psf import FWHM_PER_SIGMA, gaussian_stamp, inner_sigma
-from .statistics import PatchData, SetStatistics, VisitSets, set_products
+from .statistics import SetStatistics, VisitSets, set_products
 
 PSF_ERRORS = (1.0, 0.3, 0.1, 0.03)
 """PSF errors of the first refreshes: star cores are clipped only once the model has come near them."""
@@ -196,7 +197,7 @@ def robust_start(data: PatchData, sets: VisitSets) -> tuple[torch.Tensor, torch.
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits.
     sets : `~lsst.coadd.deepprior.statistics.VisitSets`
         The sets.
@@ -232,7 +233,7 @@ def maximum_likelihood(
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits.
     sets : `~lsst.coadd.deepprior.statistics.VisitSets`
         The sets.

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from .baselines import MaximumLikelihood
+from .patch_data import PatchData
 from .psf import FWHM_PER_SIGMA
-from .statistics import PatchData
 
 AXES = ("n_visits", "seeing_pixels", "target_pixels", "lit_fraction", "noise_correlation")
 """Names of the conditions."""
@@ -37,7 +37,7 @@ def patch_conditions(data: PatchData, solution: MaximumLikelihood) -> dict[str, 
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits.
     solution : `~lsst.coadd.deepprior.baselines.MaximumLikelihood`
         Maximum-likelihood image of the one set of all visits.

@@ -48,9 +48,10 @@ import torch
 
 from .baselines import gaussian_smooth
 from .data_steps import regain_flux
+from .patch_data import PatchData
 from .point_sources import PointSources, point_sources
 from .psf import FWHM_PER_SIGMA
-from .statistics import PatchData, VisitSets
+from .statistics import VisitSets
 
 _SCATTER = 0.5
 """Scatter s of the natural logarithm of a colour about the typical one of the patch: half a magnitude, as
@@ -85,7 +86,7 @@ class BandLight:
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits of the band.
     sets : `~lsst.coadd.deepprior.statistics.VisitSets`
         One set of all of them.

@@ -11,7 +11,8 @@ __all__ = ("data_steps", "regain_flux")
 
 import torch
 
-from .statistics import PatchData, SetStatistics, VisitSets
+from .patch_data import PatchData
+from .statistics import SetStatistics, VisitSets
 
 _SIGNIFICANCE = 20.0
 """Signal to noise ratio of the model, seen through a matched filter, at which a step is half a step. Chosen
@@ -48,7 +49,7 @@ def data_steps(data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: tor
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits.
     sets : `~lsst.coadd.deepprior.statistics.VisitSets`
         One set of all visits.
@@ -76,7 +77,7 @@ def regain_flux(
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits.
     sets : `~lsst.coadd.deepprior.statistics.VisitSets`
         One set of all visits.

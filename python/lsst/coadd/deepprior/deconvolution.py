@@ -28,8 +28,9 @@ from .baselines import (
 from .linear_coadds import PeerImage, weighted_mean
 from .observation import Observation
 from .operators import CellConvolution, CellLayout
+from .patch_data import PatchData
 from .psf import FWHM_PER_SIGMA, carry_kernel, fwhm, gaussian_stamp
-from .statistics import PatchData, VisitSets
+from .statistics import VisitSets
 
 _REFRESH_EVERY = 20
 """Steps between two passes over the visits."""
@@ -65,7 +66,7 @@ def peer_of_latent(data: PatchData, sets: VisitSets, latent: torch.Tensor) -> Pe
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits.
     sets : `~lsst.coadd.deepprior.statistics.VisitSets`
         One set of all visits.
@@ -95,7 +96,7 @@ def richardson_lucy(
 
     These are plain steps of the image space reconstruction algorithm (Daube-Witherspoon & Muehllehner 1986,
     IEEE TMI 5, 61), the twin of the multi-frame method of Richardson (1972) and Lucy (1974) for Gaussian
-    noise, on the robust likelihood of `~lsst.coadd.deepprior.statistics.PatchData`: the same model, masks and
+    noise, on the robust likelihood of `~lsst.coadd.deepprior.patch_data.PatchData`: the same model, masks and
     Huber weights as the restoration has, without a prior.
 
     Parameters

@@ -28,7 +28,7 @@ import math
 from pathlib import Path
 
 CANVAS_MARGIN = 16
-"""Width in pixels of the canvas around a patch, as in `lsst.coadd.deepprior.restore`."""
+"""Width in pixels of the canvas around a patch, as in `lsst.coadd.deepprior.fitted_patch`."""
 
 STARTS = ("pretrained", "scratch")
 """Values of the config field ``init``."""

@@ -34,7 +34,8 @@ from .baselines import maximum_likelihood
 from .batches import Batches
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .operators import CellConvolution
-from .statistics import PatchData, VisitSets
+from .patch_data import PatchData
+from .statistics import VisitSets
 
 N_TURNS = 8
 """Number of ways to turn and mirror an image of square pixels."""
@@ -94,7 +95,7 @@ class SplitLoss:
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits.
     encoder, loss : `torch.Tensor`, (split, group), bool
         Groups of visits on the two sides of every split.

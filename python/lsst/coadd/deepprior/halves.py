@@ -26,7 +26,7 @@ import torch
 
 from .noise_correlation import correlated_noise, visit_correlations
 from .observation import Observation
-from .statistics import PatchData
+from .patch_data import PatchData
 
 
 class NoiseHalves(Sequence[Observation]):
@@ -84,7 +84,7 @@ def in_halves(
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The patch.
     latent : `torch.Tensor`, (y, x)
         Latent image u on the canvas, in nJy, behind which the noise of the visits is measured.
@@ -95,7 +95,7 @@ def in_halves(
 
     Returns
     -------
-    halves : `~lsst.coadd.deepprior.statistics.PatchData`
+    halves : `~lsst.coadd.deepprior.patch_data.PatchData`
         The patch with the same canvas and target PSF.
     """
     return PatchData(

@@ -21,7 +21,7 @@ import torch
 from .noise import entering_visits
 from .observation import Observation
 from .operators import CellConvolution, CellLayout
-from .statistics import PatchData
+from .patch_data import PatchData
 
 _FULL_COVERAGE = 0.95
 """Part of the patch that a visit must cover to stand for it."""
@@ -74,7 +74,7 @@ def weighted_mean(
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits on their canvas.
     observations : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.observation.Observation`]
         The same visits, for their PSFs.

@@ -24,13 +24,14 @@ import torch
 
 from .batches import Batches
 from .coupling import BandLight, coupled, typical_ratio
+from .fitted_patch import FittedPatch, Progress, RestoreSettings, fit_patch
 from .noise import coadd_layers, local_variance
 from .noise_correlation import visit_correlations
 from .observation import Observation
 from .operators import CellLayout
 from .psf import FWHM_PER_SIGMA, target_sigma
 from .psf_check import InjectedStars, injected_latent, measure_leakage, place_stars
-from .restore import FittedPatch, Progress, Restoration, RestoreSettings, assemble, fit_patch, restore
+from .restore import Restoration, assemble, restore
 from .weights import TrainedNetwork
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def restore_bands(
         The visits of each band; indexed one at a time.
     layout : `~lsst.coadd.deepprior.operators.CellLayout`
         Cells of the patch.
-    settings : `~lsst.coadd.deepprior.restore.RestoreSettings`, optional
+    settings : `~lsst.coadd.deepprior.fitted_patch.RestoreSettings`, optional
         Numerical settings.
     coupling : `bool`, optional
         Whether the bands share their structure. Without, or with one band only, the result is that of

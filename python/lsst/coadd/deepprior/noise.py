@@ -22,7 +22,7 @@ from .noise_correlation import correlated_noise
 from .observation import Observation
 from .operators import CellLayout
 from .outliers import OUTLIER_PSF_ERROR, Outlier, find_outliers, outliers_of_visit
-from .statistics import PatchData
+from .patch_data import PatchData
 
 _MIN_VISITS_FOR_OUTLIERS = 3
 
@@ -88,7 +88,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits.
     latent : `torch.Tensor`, (y, x)
         Latent image u on the canvas, in nJy.
@@ -187,7 +187,7 @@ class NoisyModel(Sequence[Observation]):
     ----------
     observations : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.observation.Observation`]
         The visits themselves, which give masks, variances and PSFs.
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The same visits on their canvas.
     latent : `torch.Tensor`, (y, x)
         Latent image u on the canvas, in nJy.

@@ -23,7 +23,7 @@ import torch
 
 from .observation import Observation
 from .outliers import OUTLIER_PSF_ERROR, find_outliers
-from .statistics import PatchData
+from .patch_data import PatchData
 
 REACH = 5
 """Largest lag in pixels along an axis; a Lanczos kernel of order 3, the widest in use, correlates no more."""
@@ -133,7 +133,7 @@ def visit_correlations(
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits.
     latent : `torch.Tensor`, (y, x)
         Latent image u on the canvas, in nJy, which is subtracted from the visits.

@@ -29,7 +29,8 @@ import torch
 
 from .groups import lower_median
 from .noise_correlation import correlated_noise
-from .statistics import MAX_COVERAGE, PatchData, StatisticsSums, VisitSets
+from .patch_data import PatchData
+from .statistics import MAX_COVERAGE, StatisticsSums, VisitSets
 
 
 def draw_noise(
@@ -39,7 +40,7 @@ def draw_noise(
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits.
     sets : `~lsst.coadd.deepprior.statistics.VisitSets`
         One set of all visits.
@@ -53,7 +54,7 @@ def draw_noise(
 
     Returns
     -------
-    noisy : `~lsst.coadd.deepprior.statistics.PatchData`
+    noisy : `~lsst.coadd.deepprior.patch_data.PatchData`
         The patch with the statistics of the drawn visits, linearised at ``latent``.
 
     Raises

@@ -18,7 +18,8 @@ from .linear_coadds import PeerImage
 from .network import Trunk
 from .observation import Observation
 from .operators import CellLayout
-from .statistics import PatchData, VisitTensors
+from .patch_data import PatchData
+from .statistics import VisitTensors
 
 _LEARNING_RATE = 2e-3
 

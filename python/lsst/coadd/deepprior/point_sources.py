@@ -17,13 +17,12 @@ has to know of it.
 
 from __future__ import annotations
 
-__all__ = ("PointSources", "point_latent", "point_sources")
+__all__ = ("PointSources", "point_sources")
 
 import dataclasses
 import functools
 import itertools
 import math
-from typing import NamedTuple
 
 import numpy as np
 import scipy.ndimage
@@ -34,8 +33,10 @@ import scipy.spatial
 import torch
 
 from .baselines import inner_smooth
-from .psf import FWHM_PER_SIGMA, gaussian_stamp, inner_sigma
-from .statistics import PatchData, SetStatistics, VisitSets
+from .patch_data import PatchData
+from .point_templates import Template, half_width, point_templates
+from .psf import FWHM_PER_SIGMA, gaussian_stamp
+from .statistics import SetStatistics, VisitSets
 
 _MIN_SNR = 30.0
 """Signal to noise ratio above which a peak may be a point. Below it the data seldom tell a small galaxy from
@@ -78,13 +79,7 @@ were dropped, have one pass without."""
 _N_STEPS = 2
 """Gauss-Newton steps in a pass."""
 
-_TABLE_REACH, _TABLE_STEP = 0.7, 0.005
-"""Largest offset from the central pixel, and distance, in pixels of the profiles that are interpolated."""
-
 _ROUNDS = 4
-
-_STEP = 0.1
-"""Step in pixels of the numerical derivatives."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,122 +105,9 @@ class PointSources:
     n_candidates: int
 
 
-class _Template(NamedTuple):
-    """Change of the latent image with the parameters of a point; ``images[:, 0, 0]`` is pixel ``(y0, x0)``.
-
-    The parameters are ln F, x, y and three second moments: Ixx + Iyy, Ixx - Iyy and Ixy.
-    """
-
-    y0: int
-    x0: int
-    images: np.ndarray
-
-    def cut(self, canvas: np.ndarray) -> np.ndarray:
-        """Return the part of a canvas under the template."""
-        n = self.images.shape[-1]
-        return canvas[self.y0 : self.y0 + n, self.x0 : self.x0 + n]
-
-
 _PARAMETERS = slice(0, 3)
+
 _MOMENTS = slice(3, 6)
-
-
-def _half_width(sigma: float) -> int:
-    """Return half the width in pixels of the latent image of a point."""
-    return math.ceil(5.0 * sigma)
-
-
-@functools.lru_cache(maxsize=8)
-def _smoothing(sigma: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return the matrix of ``r *`` along one axis, its pixels, and the sum of g; g and r are separable."""
-    half, inner = _half_width(sigma), inner_sigma(sigma)
-    # Unit sums along one axis, as those of the stamps in two.
-    g_sum, r_sum = (math.sqrt(1.0 / gaussian_stamp(s).max()) for s in (sigma, inner))
-    nodes = np.arange(-half, half + 1.0)
-    wide = half + math.ceil(5.0 * inner)
-    pixels = np.arange(-wide, wide + 1.0)
-    return np.exp(-0.5 * ((pixels[:, None] - nodes) / inner) ** 2) / r_sum, pixels, g_sum
-
-
-def _profile(sigma: float, offset: float) -> np.ndarray:
-    """Return the non-negative v with ``r * v = g(. - offset)`` along one axis."""
-    smooth, pixels, g_sum = _smoothing(sigma)
-    wanted = np.exp(-0.5 * ((pixels - offset) / sigma) ** 2) / g_sum
-    # Wide targets take more steps than nnls allows by default.
-    return scipy.optimize.nnls(smooth, wanted, maxiter=30 * smooth.shape[1])[0]
-
-
-@functools.lru_cache(maxsize=8)
-def _profile_table(sigma: float) -> np.ndarray:
-    """Return profiles at offsets of up to `_TABLE_REACH` pixels in steps of `_TABLE_STEP`, (offset, n)."""
-    n = round(_TABLE_REACH / _TABLE_STEP)
-    return np.array([_profile(sigma, k * _TABLE_STEP) for k in range(-n, n + 1)])
-
-
-def _profiles(sigma: float, offsets: np.ndarray) -> np.ndarray:
-    """Interpolate profiles at offsets of up to `_TABLE_REACH` pixels, (offset, n)."""
-    table = _profile_table(sigma)
-    place = (np.asarray(offsets) + _TABLE_REACH) / _TABLE_STEP
-    below = np.clip(place.astype(int), 0, len(table) - 2)
-    part = (place - below)[..., None]
-    return (1.0 - part) * table[below] + part * table[below + 1]
-
-
-def point_latent(sigma: float, dy: float, dx: float) -> np.ndarray:
-    """Return the latent image of a point of unit flux.
-
-    Parameters
-    ----------
-    sigma : `float`
-        Sigma of the target PSF g in pixels.
-    dy, dx : `float`
-        Position relative to the central pixel, at most a pixel.
-
-    Returns
-    -------
-    latent : `numpy.ndarray`, (n, n)
-        The non-negative u whose ``r * u`` is next to ``g(. - p)``; see `~lsst.coadd.deepprior.psf` for how
-        near.
-
-    Raises
-    ------
-    ValueError
-        Raised if the position is more than a pixel off.
-    """
-    if not max(abs(dy), abs(dx)) <= 1.0:
-        raise ValueError(f"A point at ({dy}, {dx}) is not in the central pixel of its stamp.")
-    return np.outer(_profile(sigma, dy), _profile(sigma, dx))
-
-
-def _templates(sigma: float, points: np.ndarray) -> list[_Template]:
-    """Make the templates of points (point, 3: flux, x, y)."""
-    half = _half_width(sigma)
-    pixels = np.rint(points[:, :0:-1]).astype(int)
-    steps = np.array([-_STEP, 0.0, _STEP])
-    # Profiles along y and x, (point, axis, step, n).
-    profiles = _profiles(sigma, (points[:, :0:-1] - pixels)[..., None] + steps)
-    low, middle, high = np.moveaxis(profiles, 2, 0)
-    first, second = (high - low) / (2.0 * _STEP), (high - 2.0 * middle + low) / _STEP**2
-
-    def outer(along_y: np.ndarray, along_x: np.ndarray) -> np.ndarray:
-        return along_y[:, 0, :, None] * along_x[:, 1, None, :]
-
-    xx, yy = outer(middle, second), outer(second, middle)
-    images = np.stack(
-        [
-            outer(middle, middle),
-            outer(middle, first),
-            outer(first, middle),
-            0.5 * (xx + yy),
-            0.5 * (xx - yy),
-            outer(first, first),
-        ],
-        axis=1,
-    )
-    images *= points[:, 0, None, None, None]
-    return [
-        _Template(y - half, x - half, image) for (y, x), image in zip(pixels.tolist(), images, strict=True)
-    ]
 
 
 class _Canvas:
@@ -250,7 +132,7 @@ class _Canvas:
     def peaks(self, width: int, snr: float) -> np.ndarray:
         """Return the local maxima in boxes of some width above some S/N, (peak, 2)."""
         highest = self.image == scipy.ndimage.maximum_filter(self.image, width)
-        border = _half_width(self.data.sigma) + math.ceil(_MAX_SHIFT) + 1
+        border = half_width(self.data.sigma) + math.ceil(_MAX_SHIFT) + 1
         inside = np.zeros_like(highest)
         inside[border:-border, border:-border] = True
         return np.argwhere(highest & inside & (self.snr > snr))
@@ -269,7 +151,7 @@ class _Canvas:
     def model(self, rest: np.ndarray, points: np.ndarray) -> torch.Tensor:
         """Return the latent image of the rest and of points (point, 3: flux, x, y)."""
         total = rest.copy()
-        for template in _templates(self.data.sigma, points):
+        for template in point_templates(self.data.sigma, points):
             template.cut(total)[...] += template.images[0]
         return torch.as_tensor(total, dtype=self.data.dtype, device=self.data.device)
 
@@ -305,7 +187,7 @@ def point_sources(data: PatchData, sets: VisitSets, latent: torch.Tensor) -> Poi
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits.
     sets : `~lsst.coadd.deepprior.statistics.VisitSets`
         One set of all visits.
@@ -406,7 +288,7 @@ def _lags(n: int) -> np.ndarray:
 
 
 def _normal_matrix(
-    canvas: _Canvas, templates: list[_Template], points: np.ndarray, coverage: np.ndarray
+    canvas: _Canvas, templates: list[Template], points: np.ndarray, coverage: np.ndarray
 ) -> np.ndarray:
     """Return T^T A T of a group, (6 point, 6 point), with A reduced to what has data on both sides."""
     reduced = [t._replace(images=t.images * np.sqrt(t.cut(coverage))) for t in templates]
@@ -432,7 +314,7 @@ def _equations(
     canvas: _Canvas, points: np.ndarray, gradient: np.ndarray, coverage: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the normal matrix and the right side of a group, (point, 6, point, 6) and (point, 6)."""
-    templates = _templates(canvas.data.sigma, points)
+    templates = point_templates(canvas.data.sigma, points)
     matrix = _normal_matrix(canvas, templates, points, coverage)
     right = np.array([np.einsum("kyx,yx->k", t.images, t.cut(gradient)) for t in templates])
     return matrix.reshape(len(points), 6, len(points), 6), right

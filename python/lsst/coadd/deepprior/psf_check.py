@@ -19,9 +19,9 @@ import scipy.ndimage
 import torch
 
 from .observation import Observation
-from .point_sources import point_latent
+from .patch_data import PatchData
+from .point_templates import point_latent
 from .psf import FWHM_PER_SIGMA, fit_star, gaussian_stamp
-from .statistics import PatchData
 
 SNRS = (10.0, 30.0, 100.0, 300.0)
 """S/N of the injected stars in the data."""
@@ -74,7 +74,7 @@ def place_stars(
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits.
     observations : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.observation.Observation`]
         The same visits, for their PSFs.
@@ -125,7 +125,7 @@ def injected_latent(data: PatchData, stars: InjectedStars) -> torch.Tensor:
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits.
     stars : `InjectedStars`
         The stars.

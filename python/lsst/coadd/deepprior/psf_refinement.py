@@ -34,6 +34,7 @@ import torch
 
 from .observation import Observation
 from .operators import CellLayout
+from .patch_data import NothingToRestoreError, PatchData
 from .psf import StarFit, fit_star, shift_stamp, target_sigma
 from .psf_basis import (
     BACKGROUND,
@@ -48,7 +49,6 @@ from .psf_basis import (
 )
 from .psf_equations import solve_equations, visit_equations
 from .psf_sky import RefinementSky
-from .statistics import NothingToRestoreError, PatchData
 
 _PSF_ERRORS = {False: (0.1, 0.05, 0.03, 0.02, 0.01, 0.01), True: (0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01)}
 """Relative error that is granted to PSFs in the passes, for given PSFs and for guesses."""

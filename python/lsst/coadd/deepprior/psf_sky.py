@@ -19,10 +19,12 @@ import scipy.spatial
 import torch
 
 from .baselines import inner_smooth, maximum_likelihood
-from .point_sources import PointSources, point_latent, point_sources
+from .patch_data import PatchData
+from .point_sources import PointSources, point_sources
+from .point_templates import point_latent
 from .psf import gaussian_stamp
 from .psf_basis import FLUX, SHIFT_X, SHIFT_Y, PsfBasis
-from .statistics import PatchData, VisitTensors
+from .statistics import VisitTensors
 
 MIN_STARS = 5
 """Number of stars from which the common mode is fitted."""
@@ -66,7 +68,7 @@ class RefinementSky:
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits, with the PSFs as they are known.
     basis : `~lsst.coadd.deepprior.psf_basis.PsfBasis`
         How PSFs may change.

@@ -21,11 +21,11 @@ from .fit import N_TURNS, SplitLoss, WeightAverage, load_weights_state, make_tru
 from .groups import deal_splits
 from .network import Trunk
 from .parallel import operations_in_parallel
-from .statistics import PatchData
+from .patch_data import PatchData
 
 if TYPE_CHECKING:
     from .fit_checkpoint import FitCheckpoint
-    from .restore import RestoreSettings
+    from .fitted_patch import RestoreSettings
 
 _AVERAGING = 0.99
 """Decay of the running mean of the weights, which is the network that is used."""
@@ -42,9 +42,9 @@ def fit_scratch(
 
     Parameters
     ----------
-    data : `~lsst.coadd.deepprior.statistics.PatchData`
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
         Two groups of visits at least.
-    settings : `~lsst.coadd.deepprior.restore.RestoreSettings`
+    settings : `~lsst.coadd.deepprior.fitted_patch.RestoreSettings`
         Numerical settings.
     progress : `~collections.abc.Callable`, optional
         Called with the phase, the step, the number of steps and the loss.

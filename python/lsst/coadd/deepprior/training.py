@@ -31,12 +31,12 @@ from .fit import (
     one_cycle,
     weights_state,
 )
+from .fitted_patch import MARGIN
 from .groups import deal_splits
 from .observation import Observation
 from .operators import CellLayout
+from .patch_data import PatchData
 from .psf import target_sigma
-from .restore import MARGIN
-from .statistics import PatchData
 from .weights import TrainedNetwork
 
 _AVERAGING = 0.999

@@ -50,8 +50,9 @@ from .execution import restore_on_node
 from .geometry import pixel_scale, pixel_to_sky
 
 if TYPE_CHECKING:
+    from ..fitted_patch import RestoreSettings
     from ..psf_refinement import PsfRefinement
-    from ..restore import Restoration, RestoreSettings
+    from ..restore import Restoration
     from ..weights import TrainedNetwork
 
 
@@ -512,7 +513,7 @@ class DeepPriorCoaddTask(PipelineTask):
 
     def _settings(self, inputs: BandInputs) -> RestoreSettings:
         """Return the numerical settings for a patch."""
-        from ..restore import RestoreSettings
+        from ..fitted_patch import RestoreSettings
 
         target_fwhm = self.config.target_fwhm_pixels
         if self.config.target_fwhm_arcsec is not None:

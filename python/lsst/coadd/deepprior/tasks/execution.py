@@ -26,9 +26,10 @@ from ..progress import ProgressLines
 
 if TYPE_CHECKING:
     from ..batches import Batches
+    from ..fitted_patch import Progress, RestoreSettings
     from ..operators import CellLayout
     from ..psf_refinement import PsfRefinement
-    from ..restore import Progress, Restoration, RestoreSettings
+    from ..restore import Restoration
     from ..weights import TrainedNetwork
     from .deep_prior_coadd import DeepPriorCoaddConfig
 

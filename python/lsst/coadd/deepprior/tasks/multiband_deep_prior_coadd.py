@@ -48,7 +48,7 @@ from .execution import open_checkpoint, refined_observations, run_on_node
 
 if TYPE_CHECKING:
     from ..batches import Batches
-    from ..restore import Progress
+    from ..fitted_patch import Progress
     from ..weights import TrainedNetwork
 
 _OF_BAND = ("coadd", "residual", "outliers", "metrics")
