@@ -209,6 +209,24 @@ def test_missed_source_is_found_in_the_residual():
     assert abs(table["flux"][1] - 3000.0) < 4.0 * table["flux_err"][1]
 
 
+def test_source_that_the_model_merged_with_a_galaxy_is_found():
+    """A star beside a galaxy, whose peak on the restored image is within its errors."""
+    shape, star, galaxy, width = (110, 130), (71.0, 44.0, 2000.0), (62.0, 50.0, 4e4), 3.0
+    patch = make_inputs(shape, (1, 1), [], [], [])
+
+    def at(sigma):
+        light = render(shape, *([value] for value in galaxy), np.hypot(width, sigma))
+        return light + render(shape, *([value] for value in star), sigma)
+
+    peak = star[2] / (2.0 * np.pi * TARGET**2)
+    table = measure(dataclasses.replace(patch, model=at(TARGET), model_variance=np.full(shape, peak**2)))
+    assert list(table["flag_residual_only"]) == [False, True]
+    found = match(table, [galaxy[0], star[0]], [galaxy[1], star[1]], 0.5)
+    assert np.all(np.abs(found["flux"] - [galaxy[2], star[2]]) < 4.0 * found["flux_err"])
+    assert np.all(found["flux_err"] < [800.0, 300.0])
+    assert list(found["flag_blended"]) == [True, True]
+
+
 def test_rest_of_a_clipped_trail_is_no_source():
     """What is left in the residual where a visit was clipped does not enter the catalogue."""
     clipped = np.zeros((130, 90), dtype=bool)

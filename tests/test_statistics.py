@@ -16,7 +16,6 @@ import torch
 from toy import gaussian_stars, observe
 
 from lsst.coadd.deepprior import patch_data as patch_data_module
-from lsst.coadd.deepprior import statistics as statistics_module
 from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood, maximum_likelihood_step
 from lsst.coadd.deepprior.fit import SplitLoss, make_trunk
 from lsst.coadd.deepprior.groups import MAX_GROUPS, deal_splits

@@ -176,7 +176,9 @@ def measure_sources(
     from the data. What stays below ``min_snr`` is merged into the neighbour it overlaps most or, if it
     overlaps none, dropped. Peaks above ``min_snr`` in what the fit leaves of ``D`` are added, with the PSF
     as their template, except near pixels that were rejected as outliers in a visit: what is left there is
-    rather the rest of a trail or a cosmic ray.
+    rather the rest of a trail or a cosmic ray. They are looked for once more in what the fit of all profiles
+    leaves: a source that the restored image merged with a galaxy shows when the galaxy has a profile of its
+    own.
 
     *Flux.* All sources are fitted to ``D`` together, as points, discs or galaxies (see
     `~lsst.coadd.deepprior.source_fit.fit_sources`). The restored image only says where they are: a template
@@ -201,7 +203,7 @@ def measure_sources(
     pieces, templates = detect_sources(model, model_error, inputs.target_sigma, coadd, settings)
     n_model = len(templates)
     clipped = inputs.planes.get("CLIPPED", np.zeros(coadd.shape, dtype=bool))
-    templates += _missed(templates, coadd, clipped, settings)
+    templates += _missed(_fitted(templates, coadd), coadd, clipped, settings)
     while templates:
         fit = JointFit.of(templates, coadd)
         if (keep := significance(fit, settings) >= settings.min_snr).all():
@@ -236,6 +238,18 @@ def measure_sources(
     seen = np.array([(coadd.weight[p.slices] * p.array**2).sum() > 0.0 for p in points])
     unseen = [template for template, use in zip(templates, seen, strict=True) if not use]
     found = fit_sources(y[seen], x[seen], unseen, coadd)
+    # A source that the model merged with a galaxy shows only when the galaxy has a profile of its own.
+    late = _missed(render(found.stamps, found.flux, coadd.shape), coadd.above(found.sky), clipped, settings)
+    if late:
+        templates += late
+        fit, n_late = JointFit.of(templates, coadd), len(late)
+        y, x = np.transpose([*zip(y, x, strict=True), *(_centroid(point) for point in late)])
+        y_err, x_err, flux, error, shape_error = (
+            np.append(values, np.zeros(n_late)) for values in (y_err, x_err, flux, error, shape_error)
+        )
+        extended, seen = np.append(extended, np.zeros(n_late) > 0), np.append(seen, np.zeros(n_late) == 0)
+        columns = {name: np.append(values, np.full(n_late, np.nan)) for name, values in columns.items()}
+        found = fit_sources(y[seen], x[seen], unseen, coadd)
     blended = fit.correlation().max(axis=1).toarray().ravel() > BLEND
     # What is two points takes two rows.
     row = np.concatenate([np.flatnonzero(seen)[found.parent], np.flatnonzero(~seen)])
@@ -248,9 +262,7 @@ def measure_sources(
     flux[fitted], error[fitted], shape_error[fitted] = found.flux, found.error, found.shape_error
     y[fitted], x[fitted], y_err[fitted], x_err[fitted] = found.y, found.x, found.y_err, found.x_err
     extended[fitted] = found.extended
-    templates = [
-        coadd.point(y[k], x[k]) if pair[k] else templates[parent] for k, parent in enumerate(row.tolist())
-    ]
+    templates = [*found.stamps, *unseen]
     n = len(row)
     columns |= _point_and_aperture_fluxes(y, x, templates, flux, coadd.above(found.sky))
     columns |= {
@@ -294,13 +306,19 @@ def _table(columns: Mapping[str, np.ndarray]) -> Table:
     )
 
 
-def _missed(
-    templates: Sequence[Stamp], coadd: Coadd, clipped: np.ndarray, settings: DetectionSettings
-) -> list[Stamp]:
-    """Find point sources in what the fit of the model's sources leaves of the data (matched filter)."""
-    # With the slopes, so that a source that the prior has displaced is not found once more beside itself.
+def _fitted(templates: Sequence[Stamp], coadd: Coadd) -> np.ndarray:
+    """Fit the model's sources to the data.
+
+    With the slopes, so that a source that the prior has displaced is not found once more beside itself.
+    """
     basis = [*templates, *_slopes(templates)]
-    fitted = render(basis, JointFit.of(basis, coadd).solution() if basis else np.zeros(0), coadd.shape)
+    return render(basis, JointFit.of(basis, coadd).solution() if basis else np.zeros(0), coadd.shape)
+
+
+def _missed(
+    fitted: np.ndarray, coadd: Coadd, clipped: np.ndarray, settings: DetectionSettings
+) -> list[Stamp]:
+    """Find point sources in what a fit leaves of the data (matched filter)."""
     error = 1.0 / np.sqrt(np.maximum(coadd.information, 1e-30))
     matched = np.maximum(coadd.matched, 1e-30)
     flux = coadd.correlate(coadd.weight * (coadd.image - fitted), power=1) / matched

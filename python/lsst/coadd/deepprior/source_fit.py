@@ -92,6 +92,8 @@ class SourceFit:
         Whether the source is wider than the PSF.
     parent : `numpy.ndarray`, int
         Index of the position that was given; those of pairs occur twice.
+    stamps : `list` [`~lsst.coadd.deepprior.joint_fit.Stamp`]
+        The sources as they were fitted, of unit flux.
     sky : `float`
         Mean of what is no source, in nJy a pixel: sources too faint to be found, and what the sky subtraction
         left. The fluxes are above it.
@@ -106,6 +108,7 @@ class SourceFit:
     x_err: np.ndarray
     extended: np.ndarray
     parent: np.ndarray
+    stamps: list[Stamp]
     sky: float
 
 
@@ -212,7 +215,7 @@ def fit_sources(y: np.ndarray, x: np.ndarray, others: Sequence[Stamp], coadd: Co
     if not sources:
         none = np.zeros(0)
         nothing = np.zeros(0, dtype=int)
-        return SourceFit(none, none, none, none, none, none, none, nothing > 0, nothing, 0.0)
+        return SourceFit(none, none, none, none, none, none, none, nothing > 0, nothing, [], 0.0)
     extended, flux = _classify(sources, others, coadd)
     model = _Model(sources, flux, others, coadd)
     model.settle()
@@ -325,6 +328,7 @@ class _Model:
             x_err=x_err,
             extended=extended,
             parent=parent,
+            stamps=self._own,
             sky=sky,
         )
 
