@@ -37,7 +37,7 @@ FIRST_SEED = 400
 FAMILIES = {"standard": 44, "correlated_noise": 44, "background_errors": 5}
 """Number of scenes by family."""
 
-_WITH_PLANES = 5
+_WITH_PLANES = 15
 """Number of scenes of a family on which the pixels are judged, with the default number of noise realisations;
 the others draw one, which is enough for the catalogue and takes half the time."""
 

@@ -51,9 +51,9 @@ class Family:
 
 
 FAMILIES = {
-    "three": Family("Bands g, r, i with 3, 12 and 12 visits", {"g": 3, "r": 12, "i": 12}, (10, 1)),
+    "three": Family("Bands g, r, i with 3, 12 and 12 visits", {"g": 3, "r": 12, "i": 12}, (30, 2)),
     "two": Family(
-        "Bands g and r with 3 and 12 visits: no third band confirms a source", {"g": 3, "r": 12}, (5, 0)
+        "Bands g and r with 3 and 12 visits: no third band confirms a source", {"g": 3, "r": 12}, (15, 1)
     ),
 }
 
@@ -110,12 +110,22 @@ def _apertures(scene: BenchScene, sky: Sky, image: np.ndarray) -> dict[int, floa
     }
 
 
+def _point_noise(scene: BenchScene, sky: Sky) -> float:
+    """Return the noise in nJy of the flux of a point in the coadd."""
+    stars = (np.asarray(scene.catalogue["type"]) == "star") & (sky.snr > COLOUR_SNR)
+    return float(np.median(np.asarray(scene.catalogue["flux_nJy"])[stars] / sky.snr[stars]))
+
+
 def _leaks(
     scenes: Mapping[str, BenchScene],
+    skies: Mapping[str, Sky],
     with_singles: Mapping[str, np.ndarray],
     without: Mapping[str, np.ndarray],
 ) -> list[dict[str, Any]]:
-    """Return what sources of one band change in the other bands, in parts of their flux."""
+    """Return what sources of one band change in the other bands, in parts of their flux and in units of the
+    noise of a point there.
+    """
+    noise = {band: _point_noise(scene, skies[band]) for band, scene in scenes.items()}
     result = []
     for band, scene in scenes.items():
         for row in scene.catalogue[scene.catalogue["only"]]:
@@ -124,13 +134,14 @@ def _leaks(
             for other in [name for name in scenes if name != band]:
                 truth = scenes[other].catalogue
                 distance = scene.pixel_scale * np.hypot(truth["x"] - row["x"], truth["y"] - row["y"])
-                leak = float((with_singles[other] - without[other])[inside].sum() / row["flux_nJy"])
+                leak = float((with_singles[other] - without[other])[inside].sum())
                 result.append(
                     {
                         "from": band,
                         "to": other,
                         "mag": float(row["mag"]),
-                        "leak": leak,
+                        "leak": leak / float(row["flux_nJy"]),
+                        "significance": leak / noise[other],
                         "blend": bool((distance < NEAR_ARCSEC).any()),
                     }
                 )
@@ -183,5 +194,5 @@ def do_scene(family: str, seed: int, start: str) -> dict[str, Any]:
     }
     if start == "pretrained":
         _, without, _ = _restored(_scenes(config, with_singles=False), start)
-        row["leaks"] = _leaks(scenes, joint, without)
+        row["leaks"] = _leaks(scenes, skies, joint, without)
     return row

@@ -84,8 +84,8 @@ def test_wrong_scenes_are_refused() -> None:
 def row(completeness: float) -> dict[str, Any]:
     score = {"completeness": 0.5, "ssim": 0.9, "psnr": 37.0}
     leaks = [
-        {"from": "r", "to": "g", "mag": 22.0, "leak": 0.01, "blend": False},
-        {"from": "g", "to": "r", "mag": 22.0, "leak": -0.002, "blend": True},
+        {"from": "r", "to": "g", "mag": 22.0, "leak": 0.01, "significance": 1.5, "blend": False},
+        {"from": "g", "to": "r", "mag": 22.0, "leak": -0.002, "significance": -3.0, "blend": True},
     ]
     return {
         "seconds": [4.0, 6.0],
@@ -108,10 +108,10 @@ def test_report_says_what_was_not_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert text.count("not run") == empty.count("not run") - 1
     assert "| g | completeness at 95 % purity | 0.500 | 0.650 | +0.150 (+0.100) |" in text
     assert "| g - r | 6 | alone | +0.00 ±" in text
-    assert "| alone within 1.5 arcsec | 2 | +1.000 ± 0.000 % | +1.000 % | +1.00 % | 2 |" in text
+    assert "| alone within 1.5 arcsec | 2 | +1.000 ± 0.000 % | +1.000 % | +1.00 % | 2 | 0 |" in text
     assert "| all | 4 | +0.400 ± 0.300 % |" in text
 
 
 def test_plan() -> None:
     jobs = multiband.plan(["three"], 2)
-    assert jobs == [("three", 400, "pretrained"), ("three", 401, "pretrained"), ("three", 400, "scratch")]
+    assert jobs == [("three", seed, start) for start in ("pretrained", "scratch") for seed in (400, 401)]
