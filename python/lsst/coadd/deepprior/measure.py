@@ -37,6 +37,10 @@ from .source_fit import SYSTEMATIC_FLOOR, fit_sources
 APERTURES = (1.0, 1.5, 2.5)
 """Radii of the aperture fluxes, in units of the FWHM of the coadd PSF at the source."""
 
+_LEAST_DISTANCE = 0.5
+"""Distance in FWHM below which what a fitted source leaves of the data is taken as its own: two templates so
+near to each other share the flux at random."""
+
 _COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
     "id": (int, None, "Number of the source within its tract, patch and band, from 1, brightest first."),
     "x": (float, u.pix, "Position on the tract's pixel grid, x."),
@@ -139,6 +143,11 @@ class MeasureInputs:
     origin: tuple[int, int]
     inner: tuple[slice, slice]
 
+    @property
+    def clipped(self) -> np.ndarray:
+        """Pixels that were rejected as outliers in a visit (`numpy.ndarray`, (y, x), bool)."""
+        return self.planes.get("CLIPPED", np.zeros(self.coadd.shape, dtype=bool))
+
     def __post_init__(self) -> None:
         shape = self.coadd.shape
         images = {"model": self.model, "model_variance": self.model_variance, **self.planes}
@@ -194,106 +203,131 @@ def measure_sources(
     *Position.* That of the fit; it starts from the centroid on ``x`` plus the linear fit of the templates'
     gradients to what is left of ``D``, so that a centroid that the prior has pulled is put right.
     """
-    model = np.where(np.isfinite(inputs.model), inputs.model, 0.0).astype(np.float32)
-    coadd = inputs.coadd
-    if not coadd.good.any():
-        return _table({name: np.zeros(0) for name in _COLUMNS})
-
-    model_error = np.sqrt(np.where(inputs.model_variance > 0.0, inputs.model_variance, 0.0))
-    pieces, templates = detect_sources(model, model_error, inputs.target_sigma, coadd, settings)
-    n_model = len(templates)
-    clipped = inputs.planes.get("CLIPPED", np.zeros(coadd.shape, dtype=bool))
-    templates += _missed(_fitted(templates, coadd), coadd, clipped, settings)
-    while templates:
-        fit = JointFit.of(templates, coadd)
-        if (keep := significance(fit, settings) >= settings.min_snr).all():
-            break
-        n_model = int(keep[:n_model].sum())
-        pieces = [piece for piece, kept in zip(pieces, keep, strict=False) if kept]
-        templates = [template for template, kept in zip(templates, keep, strict=True) if kept]
+    pieces, templates = _detected(inputs, settings) if inputs.coadd.good.any() else ([], [])
     if not templates:
         return _table({name: np.zeros(0) for name in _COLUMNS})
+    columns = _columns_of(pieces, templates, inputs)
+    columns, stamps, sky = _with_profiles(columns, templates, inputs, settings)
+    y, x = columns["y"], columns["x"]
+    columns |= _point_and_aperture_fluxes(y, x, stamps, columns["flux"], inputs.coadd.above(sky))
+    columns["flux_sys_err"] = SYSTEMATIC_FLOOR * np.abs(columns["flux"])
+    columns |= _core_flags(y, x, columns["coadd_fwhm"], inputs.coadd.good, inputs.planes)
+    columns |= _places(y, x, columns["coadd_fwhm"], inputs)
+    columns["ra"], columns["dec"] = pixel_to_sky(columns["x"], columns["y"])
+    order = np.argsort(-columns["flux"], kind="stable")
+    columns = {name: values[order] for name, values in columns.items()}
+    columns["id"] = np.arange(1, len(order) + 1)
+    return _table(columns)
 
+
+def _detected(inputs: MeasureInputs, settings: DetectionSettings) -> tuple[list[Stamp], list[Stamp]]:
+    """Find sources; return the parts of the model that belong to those it shows, and, behind theirs, the
+    templates of all.
+    """
+    coadd = inputs.coadd
+    model = np.where(np.isfinite(inputs.model), inputs.model, 0.0).astype(np.float32)
+    model_error = np.sqrt(np.where(inputs.model_variance > 0.0, inputs.model_variance, 0.0))
+    pieces, templates = detect_sources(model, model_error, inputs.target_sigma, coadd, settings)
+    # With the slopes, so that a source that the prior has displaced is not found once more beside itself.
+    basis = [*templates, *_slopes(templates)]
+    fitted = render(basis, JointFit.of(basis, coadd).solution() if basis else np.zeros(0), coadd.shape)
+    templates += _missed(fitted, coadd, inputs.clipped, settings)
+    while templates:
+        keep = significance(JointFit.of(templates, coadd), settings) >= settings.min_snr
+        if keep.all():
+            break
+        pieces = [piece for piece, kept in zip(pieces, keep, strict=False) if kept]
+        templates = [template for template, kept in zip(templates, keep, strict=True) if kept]
+    return pieces, templates
+
+
+def _columns_of(
+    pieces: Sequence[Stamp], templates: Sequence[Stamp], inputs: MeasureInputs
+) -> dict[str, np.ndarray]:
+    """Measure sources by linear fits of their templates and the slopes of these; positions are in the array
+    of the patch.
+    """
+    n, coadd = len(templates), inputs.coadd
+    moments = np.full((n, 5), np.nan)
+    for k, template in enumerate(templates):
+        if k < len(pieces):
+            moments[k] = adaptive_moments(pieces[k], inputs.target_sigma)
+        else:
+            moments[k, :2] = _centroid(template)
+    fit = JointFit.of(templates, coadd)
     flux = fit.solution()
-    columns: dict[str, np.ndarray] = {}
-    n = len(templates)
-    shapes = np.full((n, 5), np.nan)
-    for k, piece in enumerate(pieces):
-        shapes[k] = adaptive_moments(piece, inputs.target_sigma)
-    for k in range(n_model, n):
-        shapes[k, :2] = _centroid(templates[k])
-    y, x = shapes[:, 0], shapes[:, 1]
-    columns |= dict(zip(("iyy", "ixx", "ixy"), shapes[:, 2:].T, strict=True))
-
     # A source displaced by d pixels looks like flux * T - flux * d * slope of T.
-    shift_fit = JointFit.of(templates + _slopes(templates), coadd)
+    shift_fit = JointFit.of([*templates, *_slopes(templates)], coadd)
     limit = 0.5 * np.nanmedian(coadd.fwhm)
     shift = np.clip(-shift_fit.solution()[n:].reshape(2, n) / flux, -limit, limit)
-    shift_err = shift_fit.errors()[n:].reshape(2, n) / flux
-    y, x = y + shift[0], x + shift[1]
-    y_err, x_err = shift_err
-    error, shape_error = fit.errors(), np.zeros(n)
-    extended = np.zeros(n, dtype=bool)
-    points = [coadd.point(*position) for position in zip(y, x, strict=True)]
-    seen = np.array([(coadd.weight[p.slices] * p.array**2).sum() > 0.0 for p in points])
-    unseen = [template for template, use in zip(templates, seen, strict=True) if not use]
-    found = fit_sources(y[seen], x[seen], unseen, coadd)
-    # A source that the model merged with a galaxy shows only when the galaxy has a profile of its own.
-    late = _missed(render(found.stamps, found.flux, coadd.shape), coadd.above(found.sky), clipped, settings)
-    if late:
-        templates += late
-        fit, n_late = JointFit.of(templates, coadd), len(late)
-        y, x = np.transpose([*zip(y, x, strict=True), *(_centroid(point) for point in late)])
-        y_err, x_err, flux, error, shape_error = (
-            np.append(values, np.zeros(n_late)) for values in (y_err, x_err, flux, error, shape_error)
-        )
-        extended, seen = np.append(extended, np.zeros(n_late) > 0), np.append(seen, np.zeros(n_late) == 0)
-        columns = {name: np.append(values, np.full(n_late, np.nan)) for name, values in columns.items()}
-        found = fit_sources(y[seen], x[seen], unseen, coadd)
-    blended = fit.correlation().max(axis=1).toarray().ravel() > BLEND
-    # What is two points takes two rows.
-    row = np.concatenate([np.flatnonzero(seen)[found.parent], np.flatnonzero(~seen)])
-    fitted = slice(0, len(found.flux))
-    pair = np.bincount(row)[row] > 1
-    columns = {name: np.where(pair, np.nan, values[row]) for name, values in columns.items()}
-    y, x, y_err, x_err, flux, error, shape_error, extended = (
-        values[row] for values in (y, x, y_err, x_err, flux, error, shape_error, extended)
-    )
-    flux[fitted], error[fitted], shape_error[fitted] = found.flux, found.error, found.shape_error
-    y[fitted], x[fitted], y_err[fitted], x_err[fitted] = found.y, found.x, found.y_err, found.x_err
-    extended[fitted] = found.extended
-    templates = [*found.stamps, *unseen]
-    n = len(row)
-    columns |= _point_and_aperture_fluxes(y, x, templates, flux, coadd.above(found.sky))
-    columns |= {
+    y_err, x_err = shift_fit.errors()[n:].reshape(2, n) / flux
+    return dict(zip(("iyy", "ixx", "ixy"), moments[:, 2:].T, strict=True)) | {
+        "y": moments[:, 0] + shift[0],
+        "x": moments[:, 1] + shift[1],
         "y_err": y_err,
         "x_err": x_err,
         "flux": flux,
-        "flux_err": error,
-        "flux_template_err": shape_error,
-        "flux_sys_err": SYSTEMATIC_FLOOR * np.abs(flux),
-        "flag_extended": extended,
+        "flux_err": fit.errors(),
+        "flux_template_err": np.zeros(n),
+        "flag_extended": np.zeros(n, dtype=bool),
+        "flag_residual_only": np.arange(n) >= len(pieces),
     }
-    columns["flag_residual_only"] = row >= n_model
-    columns["flag_blended"] = blended[row] | pair
-    columns |= _core_flags(y, x, columns["coadd_fwhm"], coadd.good, inputs.planes)
-    border = np.minimum(np.minimum(y, coadd.shape[0] - 1 - y), np.minimum(x, coadd.shape[1] - 1 - x))
-    columns["flag_edge"] = border < 2.0 * columns["coadd_fwhm"]
 
+
+def _with_profiles(
+    columns: dict[str, np.ndarray],
+    templates: Sequence[Stamp],
+    inputs: MeasureInputs,
+    settings: DetectionSettings,
+) -> tuple[dict[str, np.ndarray], list[Stamp], float]:
+    """Fit profiles to the sources that have data under their PSF; return the columns, one stamp a row, and
+    the sky.
+    """
+    coadd = inputs.coadd
+    points = [coadd.point(*position) for position in zip(columns["y"], columns["x"], strict=True)]
+    seen = np.array([(coadd.weight[p.slices] * p.array**2).sum() > 0.0 for p in points])
+    unseen = [template for template, use in zip(templates, seen, strict=True) if not use]
+    found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd)
+    # A source that the model merged with a galaxy shows only when the galaxy has a profile of its own.
+    fitted = render(found.stamps, found.flux, coadd.shape)
+    late = _missed(fitted, coadd.above(found.sky), inputs.clipped, settings)
+    late = [point for point in late if _apart(point, found.y, found.x, coadd)]
+    if late:
+        more = _columns_of([], late, inputs)
+        columns = {name: np.concatenate([values, more[name]]) for name, values in columns.items()}
+        seen = np.append(seen, np.ones(len(late), dtype=bool))
+        found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd)
+    blended = JointFit.of([*templates, *late], coadd).correlation().max(axis=1).toarray().ravel() > BLEND
+    # What is two points takes two rows.
+    row = np.concatenate([np.flatnonzero(seen)[found.parent], np.flatnonzero(~seen)])
+    pair = np.bincount(row)[row] > 1
+    columns = {name: values[row] for name, values in columns.items()}
+    for name in ("iyy", "ixx", "ixy"):
+        columns[name][pair] = np.nan
+    for name, values in (
+        ("y", found.y),
+        ("x", found.x),
+        ("y_err", found.y_err),
+        ("x_err", found.x_err),
+        ("flux", found.flux),
+        ("flux_err", found.error),
+        ("flux_template_err", found.shape_error),
+        ("flag_extended", found.extended),
+    ):
+        columns[name][: len(values)] = values
+    columns["flag_blended"] = blended[row] | pair
+    return columns, [*found.stamps, *unseen], found.sky
+
+
+def _places(y: np.ndarray, x: np.ndarray, fwhm: np.ndarray, inputs: MeasureInputs) -> dict[str, np.ndarray]:
+    """Return positions on the grid of the tract, and where in the patch they are."""
+    height, width = inputs.coadd.shape
+    border = np.minimum(np.minimum(y, height - 1 - y), np.minimum(x, width - 1 - x))
     y, x = y + inputs.origin[0], x + inputs.origin[1]
-    columns |= {"y": y, "x": x}
-    columns["ra"], columns["dec"] = pixel_to_sky(x, y)
-    inner_y, inner_x = inputs.inner
-    columns["is_patch_inner"] = (
-        (y >= inner_y.start - 0.5)
-        & (y < inner_y.stop - 0.5)
-        & (x >= inner_x.start - 0.5)
-        & (x < inner_x.stop - 0.5)
-    )
-    order = np.argsort(-columns["flux"], kind="stable")
-    columns = {name: values[order] for name, values in columns.items()}
-    columns["id"] = np.arange(1, n + 1)
-    return _table(columns)
+    rows, columns = inputs.inner
+    inner = (y >= rows.start - 0.5) & (y < rows.stop - 0.5)
+    inner &= (x >= columns.start - 0.5) & (x < columns.stop - 0.5)
+    return {"y": y, "x": x, "flag_edge": border < 2.0 * fwhm, "is_patch_inner": inner}
 
 
 def _table(columns: Mapping[str, np.ndarray]) -> Table:
@@ -306,13 +340,11 @@ def _table(columns: Mapping[str, np.ndarray]) -> Table:
     )
 
 
-def _fitted(templates: Sequence[Stamp], coadd: Coadd) -> np.ndarray:
-    """Fit the model's sources to the data.
-
-    With the slopes, so that a source that the prior has displaced is not found once more beside itself.
-    """
-    basis = [*templates, *_slopes(templates)]
-    return render(basis, JointFit.of(basis, coadd).solution() if basis else np.zeros(0), coadd.shape)
+def _apart(point: Stamp, y: np.ndarray, x: np.ndarray, coadd: Coadd) -> bool:
+    """Return whether a point is another source, and not what the fit of one of some positions leaves."""
+    own_y, own_x = _centroid(point)
+    distance = np.hypot(y - own_y, x - own_x).min(initial=np.inf)
+    return bool(distance > _LEAST_DISTANCE * coadd.fwhm[coadd.cell(own_y, own_x)])
 
 
 def _missed(
