@@ -161,6 +161,27 @@ def test_a_star_at_the_edge_and_a_cell_without_a_visit() -> None:
     assert ((points.y - MARGIN) < 44).all()
 
 
+@pytest.mark.parametrize(
+    ("x", "y", "most"), [(-2.0, 30.3, 4.0), (-1.0, 30.3, 1.4), (30.2, -2.3, 6.0), (71.1, 30.0, 4.5)]
+)
+def test_light_of_a_star_beyond_the_patch_is_not_piled_up_at_its_border(
+    x: float, y: float, most: float
+) -> None:
+    """Light that the patch shows over that it should: 2 to 11 when the start was dark beyond the data."""
+    star = [(x, y, 2e5)]
+    _, _, points = _points(observe(LAYOUT, star, SEEING, seed=3), steps=240)
+    assert 0.9 < _image(points.latent).sum() / gaussian_stars(LAYOUT.shape, star, SIGMA).sum() < most
+
+
+@pytest.mark.parametrize(("x", "y"), [(1.2, 30.3), (30.0, 1.3)])
+def test_star_at_the_border_gives_no_light_away(x: float, y: float) -> None:
+    star = [(x, y, 2e5)]
+    _, _, points = _points(observe(LAYOUT, star, SEEING, seed=3), steps=240)
+    assert _image(points.latent).sum() == pytest.approx(
+        gaussian_stars(LAYOUT.shape, star, SIGMA).sum(), rel=5e-3
+    )
+
+
 def test_noise_of_the_gradient_is_that_of_the_data() -> None:
     """The scatter of K^T w m n over 300 realisations of noise n, with masks and a bright, noisy box."""
     visits = observe(LAYOUT, [], [1.6, 2.1], seed=9, masked_fraction=0.1)

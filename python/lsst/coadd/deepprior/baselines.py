@@ -193,7 +193,9 @@ def robust_start(data: PatchData, sets: VisitSets) -> tuple[torch.Tensor, torch.
 
     The smooth one is the lower median of the visits, smoothed with a Gaussian as wide as the median seeing,
     since multiplicative steps keep the pixel noise of their start in whatever the visits are blind to. In the
-    sharp one bright pixels are those of the median itself, which shortens the way to star cores.
+    sharp one bright pixels with data are those of the median itself, which shortens the way to star cores.
+    Those beyond the data stay smooth: were they dark, a star beyond the border would be piled up at it, from
+    where multiplicative steps take thousands to move it.
 
     Parameters
     ----------
@@ -213,7 +215,8 @@ def robust_start(data: PatchData, sets: VisitSets) -> tuple[torch.Tensor, torch.
     median = data.lower_median(sets)
     smooth = torch.maximum(gaussian_smooth(median, seeing), 0.1 * noise)
     bright = (smooth / (_BRIGHT * noise)).square()
-    sharp = torch.lerp(smooth, torch.maximum(median, 0.1 * noise), bright / (1.0 + bright))
+    core = torch.where(median == 0.0, smooth, torch.maximum(median, 0.1 * noise))
+    sharp = torch.lerp(smooth, core, bright / (1.0 + bright))
     return smooth * (sensitivity > 0), sharp * (sensitivity > 0)
 
 

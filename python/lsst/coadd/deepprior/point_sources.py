@@ -127,6 +127,9 @@ class _Canvas:
         self.excess = np.maximum(self.variance / np.maximum(seen, tiny), 1.0)
         self.snr = self.image / self.peak * np.sqrt(np.maximum(seen, 0.0)) * (sky > 0.0)
         self.gram = data.gram_kernel().cpu().numpy()
+        self.blind = np.ones(self.image.shape, dtype=bool)
+        patch = tuple(slice(data.margin, data.margin + n) for n in data.layout.shape)
+        self.blind[patch] = data.pixel_weight(data.weight.sum(axis=0)) == 0.0
         self._statistics: SetStatistics | None = None
 
     def peaks(self, width: int, snr: float) -> np.ndarray:
@@ -241,7 +244,8 @@ def _rest(canvas: _Canvas, points: np.ndarray, peaks: np.ndarray) -> np.ndarray:
     """Return the latent image without the light of points, (y, x).
 
     Pixels of the disc of a point, but for those that are nearer to a peak that is none, take the light of the
-    ring around it, if that is less. A point may have left its peak, which is its own all the same.
+    ring around it, if that is less. A point may have left its peak, which is its own all the same. Where no
+    visit has data the disc is as wide as the seeing, since nothing held the light of the point together.
     """
     centres = scipy.spatial.cKDTree(points[:, :0:-1])
     others = canvas.peaks(3, _PEAK_SNR).astype(float)
@@ -257,7 +261,7 @@ def _rest(canvas: _Canvas, points: np.ndarray, peaks: np.ndarray) -> np.ndarray:
         rows, columns = np.mgrid[box]
         pixels = np.dstack([rows, columns])
         distance = np.hypot(rows - y, columns - x)
-        disc = distance <= core
+        disc = distance <= np.where(canvas.blind[box], max(core, canvas.seeing), core)
         if len(others):
             disc &= scipy.spatial.cKDTree(others).query(pixels)[0] >= centres.query(pixels)[0]
         ring = (distance > core) & (distance <= core + _RING)
