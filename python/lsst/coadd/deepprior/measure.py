@@ -103,7 +103,7 @@ _COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
     "flag_residual_only": (
         bool,
         None,
-        "Found in the residual, not in the restored image; flux is the PSF's.",
+        "Found in what the restored image leaves of the data, not in the image.",
     ),
 }
 
@@ -192,13 +192,13 @@ def measure_sources(
     *Flux.* All sources are fitted to ``D`` together, as points, discs or galaxies (see
     `~lsst.coadd.deepprior.source_fit.fit_sources`). The restored image only says where they are: a template
     from it would hold some of the noise that it is fitted to. What two points fit better than a galaxy takes
-    two rows, without second moments. Each pixel of ``x`` is shared between the
-    sources that reach it in proportion to ``min(x(p), x(p'))``, with p' the mirror image of p about the
-    source (the deblender of SDSS, Lupton 2001); the pieces are the templates of sources that have no data
-    under their PSF, and of the neighbours of aperture fluxes. Linear fits, ``f = N^-1 T^T W D`` with ``N =
-    T^T W T``, have the noise ``N^-1 T^T W C W T N^-1``, with ``C`` the covariance of the data: variances, and
-    the correlation of neighbouring pixels. ``W`` is one weight a cell, so that the photon noise of a pixel
-    does not bias the flux.
+    two rows, without second moments. Each pixel of ``x`` is shared between the sources that reach it in
+    proportion to ``min(x(p), x(p'))``, with p' the mirror image of p about the source (the deblender of SDSS,
+    Lupton 2001); the pieces are the templates of sources that have no data under their PSF. Neighbours of
+    aperture fluxes are subtracted as they were fitted. Linear fits, ``f = N^-1 T^T W D`` with ``N = T^T W
+    T``, have the noise ``N^-1 T^T W C W T N^-1``, with ``C`` the covariance of the data: variances, and the
+    correlation of neighbouring pixels. ``W`` is one weight a cell, so that the photon noise of a pixel does
+    not bias the flux.
 
     *Position.* That of the fit; it starts from the centroid on ``x`` plus the linear fit of the templates'
     gradients to what is left of ``D``, so that a centroid that the prior has pulled is put right.
