@@ -116,6 +116,26 @@ def test_fit_star_refuses_the_edge_and_nan() -> None:
         fit_star(np.full((20, 20), np.nan))
 
 
+@pytest.mark.parametrize(
+    "image", [np.ones((9, 9)), np.exp(-(np.linspace(-3.0, 3.0, 9) ** 2)) * np.ones((9, 1))]
+)
+def test_fit_star_of_what_has_no_end(image: np.ndarray) -> None:
+    fit = fit_star(image, radius=4)
+    assert fit.sigma == np.inf
+    assert np.isnan([fit.flux, fit.e1, fit.e2]).all()
+
+
+def test_fit_star_where_there_is_none() -> None:
+    """What was left of an injected star that a network fitted to an empty field took away, in 1e-5."""
+    rows = (
+        "116 138 47 99 19 6 8 37 58 / 240 213 121 41 13 4 3 13 97 / 76 34 34 22 13 -14 0 -21 21 / "
+        "32 10 8 29 31 18 13 4 8 / 24 43 41 55 98 46 -10 -1 7 / 94 42 36 37 72 31 15 5 9 / "
+        "215 41 42 45 31 10 14 23 14 / 127 73 57 88 12 10 28 29 86 / 309 145 267 48 36 117 174 66 30"
+    )
+    image = np.array([row.split() for row in rows.split("/")], dtype=float)
+    assert fit_star(image, radius=4, x=4.068980388407951, y=4.18302790947282).sigma == np.inf
+
+
 def test_fwhm_and_shift() -> None:
     stamp = gaussian_stamp(1.7, 31)
     assert fwhm(stamp) == pytest.approx(1.7 * FWHM_PER_SIGMA, rel=1e-4)

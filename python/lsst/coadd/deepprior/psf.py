@@ -234,6 +234,13 @@ def shift_stamp(stamp: np.ndarray, dx: float, dy: float) -> np.ndarray:
     return scipy.fft.irfft2(scipy.fft.rfft2(stamp, s=(size, size)) * phase, s=(size, size))[:k, :k]
 
 
+_WIDEST = 1e4
+"""Sigma in pixels above which a fitted Gaussian is taken as infinitely wide."""
+
+_LOG_SHARPEST = 30.0
+"""Logarithm of the inverse of the smallest sigma in pixels, which a single bright pixel may have."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StarFit:
     """Elliptical Gaussian fitted to the image of a star; ``sigma`` is the geometric mean of the two axes."""
@@ -267,7 +274,8 @@ def fit_star(
     -------
     fit : `StarFit`
         Flux, position, geometric-mean sigma and ellipticity ``e1 = (ixx - iyy) / (ixx + iyy)``, ``e2 = 2 ixy
-        / (ixx + iyy)``.
+        / (ixx + iyy)``. Where there is no star, the Gaussian may grow without end: its sigma is then infinite,
+        and flux and ellipticity are NaN.
 
     Raises
     ------
@@ -297,7 +305,9 @@ def fit_star(
 
     start = np.array([1.0, x - ix, y - iy, -0.2, -0.2, 0.0])
     amplitude, x0, y0, log_a, log_b, c = scipy.optimize.least_squares(residual, start, method="lm").x
-    a, b = math.exp(log_a), math.exp(log_b)
+    a, b = (math.exp(min(float(log), _LOG_SHARPEST)) for log in (log_a, log_b))
+    if min(a, b) * _WIDEST < 1.0:
+        return StarFit(flux=math.nan, x=ix + x0, y=iy + y0, sigma=math.inf, e1=math.nan, e2=math.nan)
     ixx = 1.0 / a**2 + (c / (a * b)) ** 2
     iyy = 1.0 / b**2
     ixy = -c / (a * b**2)
