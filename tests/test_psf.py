@@ -136,6 +136,11 @@ def test_fit_star_where_there_is_none() -> None:
     assert fit_star(image, radius=4, x=4.068980388407951, y=4.18302790947282).sigma == np.inf
 
 
+def test_fwhm_of_a_flat_stamp_is_refused() -> None:
+    with pytest.raises(ValueError, match="flat; check the PSF of the visit"):
+        fwhm(np.full((15, 15), 1.0 / 225.0))
+
+
 def test_fwhm_and_shift() -> None:
     stamp = gaussian_stamp(1.7, 31)
     assert fwhm(stamp) == pytest.approx(1.7 * FWHM_PER_SIGMA, rel=1e-4)

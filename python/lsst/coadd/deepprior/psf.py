@@ -274,8 +274,8 @@ def fit_star(
     -------
     fit : `StarFit`
         Flux, position, geometric-mean sigma and ellipticity ``e1 = (ixx - iyy) / (ixx + iyy)``, ``e2 = 2 ixy
-        / (ixx + iyy)``. Where there is no star, the Gaussian may grow without end: its sigma is then infinite,
-        and flux and ellipticity are NaN.
+        / (ixx + iyy)``. Where there is no star, the Gaussian may grow without end: its sigma is then
+        infinite, and flux and ellipticity are NaN.
 
     Raises
     ------
@@ -323,8 +323,17 @@ def fit_star(
 
 
 def fwhm(psf: np.ndarray) -> float:
-    """Return the FWHM in pixels of the Gaussian fitted to a PSF stamp."""
+    """Return the FWHM in pixels of the Gaussian fitted to a PSF stamp.
+
+    Raises
+    ------
+    ValueError
+        Raised if the stamp is none of a PSF, or so flat that no Gaussian fits.
+    """
     psf = _check_stamp(psf)
     half = psf.shape[0] // 2
     rough = math.sqrt(psf.sum() / (2.0 * math.pi * psf.max()))
-    return FWHM_PER_SIGMA * fit_star(psf, radius=min(half, max(3, math.ceil(2.5 * rough)))).sigma
+    sigma = fit_star(psf, radius=min(half, max(3, math.ceil(2.5 * rough)))).sigma
+    if not math.isfinite(sigma):
+        raise ValueError("No Gaussian fits the PSF stamp, which is flat; check the PSF of the visit.")
+    return FWHM_PER_SIGMA * sigma
