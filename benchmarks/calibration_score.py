@@ -33,7 +33,8 @@ from lsst.coadd.deepprior.deblend import DetectionSettings
 from lsst.coadd.deepprior.evaluate import Detections, match
 from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.joint_fit import Coadd, Stamp
-from lsst.coadd.deepprior.measure import MeasureInputs, adaptive_moments, measure_sources
+from lsst.coadd.deepprior.measure import MeasureInputs, measure_sources
+from lsst.coadd.deepprior.moments import adaptive_moments
 from lsst.coadd.deepprior.noise_correlation import noise_correlation
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout

@@ -144,7 +144,7 @@ def own_pixels(position: np.ndarray, oversampling: int) -> np.ndarray:
 
 def find_peaks(image: np.ndarray, start: tuple[int, int], oversampling: int) -> np.ndarray:
     """Return the local maxima (y, x) of an image in tract pixels of the visits, to a fraction of a pixel."""
-    from lsst.coadd.deepprior.measure import peak_offset
+    from lsst.coadd.deepprior.moments import peak_offset
 
     highest = image == scipy.ndimage.maximum_filter(image, 3)
     highest[[0, -1]] = highest[:, [0, -1]] = False

@@ -37,7 +37,7 @@ import scipy.signal
 import scipy.spatial
 import sep
 
-from lsst.coadd.deepprior.measure import peak_offset
+from lsst.coadd.deepprior.moments import peak_offset
 from lsst.coadd.deepprior.psf import fit_star
 
 _SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5

@@ -16,7 +16,8 @@ from astropy.table import vstack
 
 from lsst.coadd.deepprior.deblend import DetectionSettings
 from lsst.coadd.deepprior.joint_fit import Coadd
-from lsst.coadd.deepprior.measure import MeasureInputs, measure_sources, peak_offset
+from lsst.coadd.deepprior.measure import MeasureInputs, measure_sources
+from lsst.coadd.deepprior.moments import peak_offset
 from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA, gaussian_stamp
 
 TARGET = 0.9  # sigma of the target PSF, pixels
@@ -225,6 +226,20 @@ def test_source_that_the_model_merged_with_a_galaxy_is_found():
     assert np.all(np.abs(found["flux"] - [galaxy[2], star[2]]) < 4.0 * found["flux_err"])
     assert np.all(found["flux_err"] < [800.0, 300.0])
     assert list(found["flag_blended"]) == [True, True]
+
+
+def test_what_a_fit_leaves_beside_its_sources_is_no_other():
+    """A disc and a star that the model takes for one, and whose fit is not perfect, are two entries."""
+    shape, disc, star, smeared = (80, 80), (41.7, 39.3, 23789.9), (42.6, 41.2, 50320.1), (43.0, 40.0, 29563.1)
+    patch = make_inputs(shape, (1, 1), [], [], [])
+
+    def at(sigma, x, y, flux):
+        return render(shape, [x], [y], [flux], sigma)
+
+    data = at(np.hypot(2.0, 1.5), *disc) + at(2.0, *star)
+    residual = patch.residual + data - at(2.0, *smeared)
+    table = measure(dataclasses.replace(patch, model=at(TARGET, *smeared), residual=residual))
+    assert len(table) == 2
 
 
 def test_rest_of_a_clipped_trail_is_no_source():

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.signal
-from toy import gaussian_stars
+from toy import gaussian_stars, observe
 
+from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.psf import (
     FWHM_PER_SIGMA,
     carry_kernel,
@@ -137,8 +138,15 @@ def test_fit_star_where_there_is_none() -> None:
 
 
 def test_fwhm_of_a_flat_stamp_is_refused() -> None:
-    with pytest.raises(ValueError, match="flat; check the PSF of the visit"):
+    with pytest.raises(ValueError, match="flat; check the PSF"):
         fwhm(np.full((15, 15), 1.0 / 225.0))
+
+
+def test_visit_with_a_flat_psf_is_named() -> None:
+    (visit,) = observe(CellLayout(1, 1, 30, 40), [], [1.5])
+    visit.psf[...] = 1.0 / visit.psf[0, 0].size
+    with pytest.raises(ValueError, match="^visit 0: No Gaussian fits"):
+        visit.seeing()
 
 
 def test_fwhm_and_shift() -> None:

@@ -34,7 +34,7 @@ from astropy.table import Table
 from lsst.images import Box
 
 from .joint_fit import Coadd
-from .measure import peak_offset
+from .moments import peak_offset
 from .psf import FWHM_PER_SIGMA, fit_star, gaussian_stamp
 from .truth import GALSIM, add_object, galaxy_profile
 

@@ -89,6 +89,15 @@ class Observation:
         return np.isfinite(self.psf).all(axis=(2, 3))
 
     def seeing(self) -> float:
-        """Return the FWHM of the PSF in the middle one of its cells in pixels, NaN without any."""
+        """Return the FWHM of the PSF in the middle one of its cells in pixels, NaN without any.
+
+        Raises
+        ------
+        ValueError
+            Raised if the PSF is flat.
+        """
         cells = np.argwhere(self.has_psf)
-        return fwhm(self.psf[tuple(cells[len(cells) // 2])]) if len(cells) else math.nan
+        try:
+            return fwhm(self.psf[tuple(cells[len(cells) // 2])]) if len(cells) else math.nan
+        except ValueError as err:
+            raise ValueError(f"{self.name}: {err}") from err

@@ -335,5 +335,5 @@ def fwhm(psf: np.ndarray) -> float:
     rough = math.sqrt(psf.sum() / (2.0 * math.pi * psf.max()))
     sigma = fit_star(psf, radius=min(half, max(3, math.ceil(2.5 * rough)))).sigma
     if not math.isfinite(sigma):
-        raise ValueError("No Gaussian fits the PSF stamp, which is flat; check the PSF of the visit.")
+        raise ValueError("No Gaussian fits the PSF stamp, which is flat; check the PSF.")
     return FWHM_PER_SIGMA * sigma
