@@ -117,7 +117,7 @@ def quantum(size: int, n_visits: int, start: str, device: str, cores: int) -> di
     run(
         *("pipetask", "run", "-n", cores, "-b", repo, "-i", "deepprior/warps", "-o", output, "-p", PIPELINE),
         *("--register-dataset-types", "-c", f"deepPriorCoadd:device={device}"),
-        *("-c", f"deepPriorCoadd:init={start}"),
+        *("-c", f"deepPriorCoadd:init={start}", "-c", f"deepPriorCoadd:cache_dir={CACHE}"),
     )
     with Butler.from_config(repo, collections=output) as butler:
         (ref,) = butler.query_datasets("deep_prior_coadd_metrics")

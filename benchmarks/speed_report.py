@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SIZES, VISITS = (512, 1024, 3400), (8, 32, 128)
-EXTRA = ((512, 16), (3400, 12))
+EXTRA = ((512, 16), (3400, 12), (3400, 100))
 """Patches of the targets."""
 
 STARTS, DEVICES = ("pretrained", "scratch"), ("cpu", "cuda")

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import shutil
 import subprocess
@@ -29,6 +30,8 @@ from lsst.coadd.deepprior.deblend import DetectionSettings
 from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.network import Trunk
 from lsst.coadd.deepprior.network_dataset import network_to_dataset
+from lsst.coadd.deepprior.observation import Observation
+from lsst.coadd.deepprior.observation_file import ObservationFile
 from lsst.coadd.deepprior.tasks.deep_prior_coadd import (
     DeepPriorCoaddConfig,
     DeepPriorCoaddConnections,
@@ -214,6 +217,48 @@ def test_warps_are_read_again_only_when_they_do_not_fit(warps: list[Warp], resto
     assert cached.reads == [1] * len(warps)
     assert min(streamed.reads) > 1
     np.testing.assert_array_equal(result.coadd.image.array, restored.coadd.image.array)
+
+
+def test_a_disk_keeps_what_memory_does_not(
+    warps: list[Warp], restored: Struct, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk = CountingWarps(warps)
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    result = quick_task(cache_gib=0.0, cache_dir="$SCRATCH").run(warps=on_disk)
+    assert on_disk.reads == [1] * len(warps)
+    np.testing.assert_array_equal(result.coadd.image.array, restored.coadd.image.array)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_keeps_what_it_can(
+    warps: list[Warp],
+    restored: Struct,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    append = ObservationFile.append
+
+    def append_two(file: ObservationFile, observation: Observation) -> int:
+        if len(file._entries) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return append(file, observation)
+
+    monkeypatch.setattr(ObservationFile, "append", append_two)
+    on_disk = CountingWarps(warps)
+    with caplog.at_level(logging.WARNING):
+        result = quick_task(cache_gib=0.0, cache_dir=str(tmp_path)).run(warps=on_disk)
+    assert on_disk.reads[:2] == [1, 1]
+    assert min(on_disk.reads[2:]) > 1
+    assert caplog.text.count("cache_dir is full, and further warps will be read in every pass") == 1
+    np.testing.assert_array_equal(result.coadd.image.array, restored.coadd.image.array)
+
+
+def test_a_disk_that_cannot_be_used(warps: list[Warp], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="cache_dir = '.*/missing' cannot be used"):
+        quick_task(cache_dir=str(tmp_path / "missing")).run(warps=warps)
+    with pytest.raises(RuntimeError, match="cache_dir = '.NOWHERE_AT_ALL' has an environment variable"):
+        quick_task(cache_dir="$NOWHERE_AT_ALL").run(warps=warps)
 
 
 def test_order_of_the_handles_does_not_matter(warps: list[Warp], restored: Struct) -> None:

@@ -24,6 +24,7 @@ from urllib.parse import quote
 import numpy as np
 
 from .checkpoint import DamagedCheckpointError, read_checkpoint, write_checkpoint
+from .job_directories import job_directory
 from .observation import Observation
 
 if TYPE_CHECKING:
@@ -55,13 +56,8 @@ def checkpoint_file(directory: str, data_id: Iterable[str | int]) -> Path:
     RuntimeError
         Raised if an environment variable in ``directory`` is not set.
     """
-    expanded = os.path.expandvars(os.path.expanduser(directory))
-    if "$" in expanded:
-        raise RuntimeError(
-            f"checkpoint_dir = {directory!r} has an environment variable that is not set here; set it in the "
-            "job."
-        )
-    return Path(expanded) / f"{'_'.join(quote(str(part), safe='') for part in data_id)}.safetensors"
+    name = "_".join(quote(str(part), safe="") for part in data_id)
+    return job_directory("checkpoint_dir", directory) / f"{name}.safetensors"
 
 
 def inputs_digest(observations: Iterable[Observation]) -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 __all__ = ("WarpHandles", "WarpObservations", "cell_layout", "default_cache_bytes")
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from lsst.daf.butler import DeferredDatasetHandle
@@ -18,6 +20,7 @@ from lsst.images.cells import CellGrid
 from lsst.pipe.base import InMemoryDatasetHandle
 
 from .observation import Observation
+from .observation_file import ObservationFile
 from .warps import Warp
 
 if TYPE_CHECKING:
@@ -28,8 +31,11 @@ def _read_cell_coadd(handle: DeferredDatasetHandle | InMemoryDatasetHandle) -> W
     return Warp.from_cell_coadd(handle.get())
 
 
-_LARGEST_CACHE = 4 * 2**30
-"""Largest cache in bytes unless one is asked for: with it a Rubin patch takes less than 10 GB."""
+_LARGEST_CACHE = 1.5 * 2**30
+"""Largest cache in bytes unless one is asked for: with it a Rubin patch takes less than 10 GB, whatever the
+number of its visits."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class WarpHandles(Sequence[Warp]):
@@ -81,7 +87,7 @@ class WarpHandles(Sequence[Warp]):
 
 
 class WarpObservations(Sequence[Observation]):
-    """Observations of some warps, of which a limited number of bytes is kept.
+    """Observations of some warps, of which a limited number of bytes is kept in memory.
 
     Parameters
     ----------
@@ -91,14 +97,35 @@ class WarpObservations(Sequence[Observation]):
         Mask planes that make a pixel unusable.
     cache_bytes : `float`
         How much is kept.
+    cache_dir : `~pathlib.Path`, optional
+        Directory on a disk that keeps the others. Without it, and where the disk has no room, their warps are
+        read again each time.
+
+    Raises
+    ------
+    RuntimeError
+        Raised if no file can be made in ``cache_dir``.
     """
 
-    def __init__(self, warps: Sequence[Warp], bad_planes: Sequence[str], cache_bytes: float) -> None:
+    def __init__(
+        self,
+        warps: Sequence[Warp],
+        bad_planes: Sequence[str],
+        cache_bytes: float,
+        cache_dir: Path | None = None,
+    ) -> None:
         self._warps = warps
         self._bad_planes = bad_planes
         self._room = cache_bytes
         self._indices: list[int] = []
         self._kept: dict[int, Observation] = {}
+        self._on_disk: dict[int, int] = {}
+        self._disk_has_room = cache_dir is not None
+        if cache_dir is not None:
+            try:
+                self._file = ObservationFile(cache_dir)
+            except OSError as err:
+                raise RuntimeError(f"cache_dir = {str(cache_dir)!r} cannot be used: {err}.") from err
 
     def add(self, index: int, observation: Observation) -> None:
         """Append the observation of a warp.
@@ -118,6 +145,12 @@ class WarpObservations(Sequence[Observation]):
         if size <= self._room:
             self._room -= size
             self._kept[index] = observation
+        elif self._disk_has_room:
+            try:
+                self._on_disk[index] = self._file.append(observation)
+            except OSError as err:
+                self._disk_has_room = False
+                _LOG.warning("cache_dir is full, and further warps will be read in every pass: %s", err)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -126,6 +159,8 @@ class WarpObservations(Sequence[Observation]):
         index = self._indices[position]
         if index in self._kept:
             return self._kept[index]
+        if index in self._on_disk:
+            return self._file[self._on_disk[index]]
         return self._warps[index].observation(self._bad_planes)
 
 
@@ -158,7 +193,7 @@ def default_cache_bytes(memory_bytes: float | None = None) -> float:
     Returns
     -------
     cache_bytes : `float`
-        A quarter of the memory, at most 4 GiB.
+        A quarter of the memory, at most 1.5 GiB.
     """
     if memory_bytes is None:
         memory_bytes = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

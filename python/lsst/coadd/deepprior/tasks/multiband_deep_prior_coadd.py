@@ -34,7 +34,7 @@ from lsst.pipe.base.connectionTypes import Output
 
 from ..colour_picture import in_order
 from ..fit_checkpoint import FitCheckpoint, checkpoint_file
-from ..warp_streams import cell_layout, default_cache_bytes
+from ..warp_streams import cell_layout
 from ..warps import Warp
 from .deep_prior_coadd import (
     BandInputs,
@@ -179,8 +179,7 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
         from ..parallel import use_threads
 
         network = self._network_of_start(network)
-        cache = self.config.cache_gib
-        cache_bytes = default_cache_bytes(memory_bytes) if cache is None else cache * 2**30
+        cache_bytes = self._cache_bytes(memory_bytes)
         inputs: dict[str, BandInputs] = {}
         for band in in_order(warps):
             try:

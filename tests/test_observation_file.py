@@ -1,0 +1,60 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Observations come back from disk as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lsst.coadd.deepprior.observation import Observation
+from lsst.coadd.deepprior.observation_file import ObservationFile
+
+
+def observation(shape: tuple[int, int], seed: int, *, with_noise: bool) -> Observation:
+    rng = np.random.default_rng(seed)
+    # A part of an image, as cut-outs of warps are, whose rows do not follow each other in memory.
+    flux = rng.normal(size=(shape[0], shape[1] + 7)).astype(np.float32)[:, 3:-4]
+    good = rng.random(shape) < 0.8
+    flux[~good] = np.nan
+    psf = rng.random((2, 3, 5, 5))
+    psf[1, 2] = np.nan
+    return Observation(
+        flux=flux,
+        variance=rng.random(shape).astype(np.float32) + 0.5,
+        good=good,
+        psf=psf,
+        origin=(4, 9),
+        name=f"visit {seed}",
+        noise=rng.normal(size=shape).astype(np.float32) if with_noise else None,
+        sampling=2,
+    )
+
+
+def test_observations_come_back(tmp_path: Path) -> None:
+    originals = [observation((30, 41), 1, with_noise=False), observation((23, 17), 2, with_noise=True)]
+    file = ObservationFile(tmp_path)
+    numbers = [file.append(original) for original in originals]
+    for number, original in reversed(list(zip(numbers, originals, strict=True))):
+        read = file[number]
+        for field in dataclasses.fields(Observation):
+            expected, value = getattr(original, field.name), getattr(read, field.name)
+            assert type(value) is type(expected)
+            if isinstance(expected, np.ndarray):
+                assert value.dtype == expected.dtype
+            np.testing.assert_array_equal(value, expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_was_cut(tmp_path: Path) -> None:
+    file = ObservationFile(tmp_path)
+    number = file.append(observation((30, 41), 1, with_noise=False))
+    file._file.truncate(1000)
+    with pytest.raises(OSError, match="shorter than what was written"):
+        file[number]
