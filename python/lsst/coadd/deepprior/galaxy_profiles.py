@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import galsim
 import numpy as np
+import scipy.fft
 import scipy.interpolate
 
 MIN_INDEX, MAX_INDEX = 0.5, 5.0
@@ -90,10 +91,9 @@ def galaxy_stamp(psf: np.ndarray, shape: GalaxyShape, dy: float, dx: float, size
         raise ValueError(
             f"The PSF must be square and odd, and the stamp odd and not smaller, not {psf.shape} and {size}."
         )
-    wide = size + k  # light that leaves the stamp on one side must not enter it on the other
-    padded = np.zeros((wide, wide))
-    padded[:k, :k] = psf
-    ky, kx = (2.0 * np.pi * f for f in (np.fft.fftfreq(wide)[:, None], np.fft.rfftfreq(wide)))
+    # Light that leaves the stamp on one side must not enter it on the other.
+    wide = scipy.fft.next_fast_len(size + k, real=True)
+    ky, kx = (2.0 * np.pi * f for f in (scipy.fft.fftfreq(wide)[:, None], scipy.fft.rfftfreq(wide)))
     stretch = np.hypot(shape.e1, shape.e2)
     sinc = np.sinh(stretch) / stretch if stretch > 1e-8 else 1.0
     # The matrix exponential of [[e1, e2], [e2, -e1]] acts on (x, y).
@@ -102,6 +102,6 @@ def galaxy_stamp(psf: np.ndarray, shape: GalaxyShape, dy: float, dx: float, size
     wave = np.minimum(radius * np.hypot(xx * kx + xy * ky, xy * kx + yy * ky), _WAVE_NUMBERS[-1])
     profile = np.interp(np.log1p(4.0 * wave), _FINE, _transforms()(shape.log_index, _FINE)[0])
     shift = (size - k) // 2
-    phase = np.exp(-1j * (ky * (dy + shift) + kx * (dx + shift)))
-    drawn = np.fft.irfft2(np.fft.rfft2(padded) * profile * phase, (wide, wide))
+    phase = np.exp(-1j * ky * (dy + shift)) * np.exp(-1j * kx * (dx + shift))
+    drawn = scipy.fft.irfft2(scipy.fft.rfft2(psf, (wide, wide)) * profile * phase, (wide, wide))
     return drawn[:size, :size]

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("Coadd", "JointFit", "Stamp", "normal_equations", "render", "sum_stamps")
+__all__ = ("Coadd", "JointFit", "Stamp", "normal_equations", "render", "slope", "sum_stamps")
 
 import copy
 import dataclasses
@@ -15,11 +15,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy.ndimage
 import scipy.sparse
 import scipy.sparse.csgraph
 import scipy.sparse.linalg
 
 from .psf import carry_kernel, convolve_full, fwhm, shift_stamp
+
+_BAND_PIXELS = 2**18
+"""Pixels of the patch whose design matrix is in memory at a time."""
 
 
 class Stamp(NamedTuple):
@@ -40,6 +44,12 @@ class Stamp(NamedTuple):
         y, x = max(self.y0, 0), max(self.x0, 0)
         stop_y, stop_x = shape[0] - self.y0, shape[1] - self.x0
         return Stamp(y, x, self.array[y - self.y0 : max(stop_y, 0), x - self.x0 : max(stop_x, 0)])
+
+
+def slope(stamp: Stamp, axis: int) -> Stamp:
+    """Return the derivative of a stamp along an axis, to fourth order."""
+    stencil = np.array([1.0, -8.0, 0.0, 8.0, -1.0]) / 12.0
+    return stamp._replace(array=scipy.ndimage.correlate1d(stamp.array, stencil, axis=axis, mode="constant"))
 
 
 def sum_stamps(stamps: Sequence[Stamp]) -> Stamp:
@@ -147,10 +157,10 @@ class Coadd:
         other.information = other._information()
         return other
 
-    def above(self, sky: float) -> Coadd:
-        """Return the same coadd with a constant sky, in nJy a pixel, subtracted."""
+    def without(self, light: float | np.ndarray) -> Coadd:
+        """Return the same coadd with a constant sky or an image, in nJy a pixel, subtracted."""
         other = copy.copy(self)
-        other.image = np.where(self.good, self.image - sky, 0.0)
+        other.image = np.where(self.good, self.image - light, 0.0)
         return other
 
     def _information(self) -> np.ndarray:
@@ -198,9 +208,8 @@ class Coadd:
         factor = self.weight * np.sqrt(self.variance)
         half = self.noise_correlation.shape[0] // 2
         scaled = [t._replace(array=t.array * factor[t.slices]) for t in templates]
-        design = _design_matrix(scaled, self.shape)
         if half == 0:
-            return (design.T @ design).tocsr()
+            return _products(scaled, scaled, np.ones(self.shape))
         smooth = [
             Stamp(
                 t.y0 - half,
@@ -209,7 +218,7 @@ class Coadd:
             ).cropped(self.shape)
             for t in scaled
         ]
-        products = design.T @ _design_matrix(smooth, self.shape)
+        products = _products(scaled, smooth, np.ones(self.shape))
         return (0.5 * (products + products.T)).tocsr()
 
     def cell(self, y: float, x: float) -> tuple[int, int]:
@@ -313,10 +322,12 @@ class JointFit:
         n, labels = scipy.sparse.csgraph.connected_components(abs(self.correlation()) > 0.01, directed=False)
         variance = np.empty(len(labels))
         order = np.argsort(labels, kind="stable")
-        for members in np.split(order, np.searchsorted(labels[order], np.arange(1, n))):
-            block = np.ix_(members, members)
-            inverse = np.linalg.pinv(self.normal[block].toarray(), hermitian=True)
-            variance[members] = np.einsum("ij,jk,ki->i", inverse, self.noise[block].toarray(), inverse)
+        normal, noise = self.normal[order][:, order], self.noise[order][:, order]
+        ends = np.searchsorted(labels[order], np.arange(n), side="right")
+        for members in map(slice, [0, *ends[:-1]], ends):
+            inverse = np.linalg.pinv(normal[members, members].toarray(), hermitian=True)
+            part = inverse @ noise[members, members].toarray()
+            variance[order[members]] = np.einsum("ij,ji->i", part, inverse)
         return np.sqrt(np.maximum(variance, 0.0))
 
 
@@ -335,21 +346,46 @@ def normal_equations(templates: Sequence[Stamp], coadd: Coadd) -> JointFit:
     fit : `JointFit`
         ``N = T^T W T``, ``b = T^T W D``, and N for the covariance of b.
     """
-    design = _design_matrix(templates, coadd.shape)
-    weighted = scipy.sparse.diags_array(coadd.weight.ravel()) @ design
-    normal = (weighted.T @ design).tocsr()
-    return JointFit(normal, weighted.T @ coadd.image.ravel(), normal)
+    normal = _products(templates, templates, coadd.weight)
+    weighted = coadd.weight * coadd.image
+    right = np.array([(t.array * weighted[t.slices]).sum() for t in templates])
+    return JointFit(normal, right, normal)
 
 
-def _design_matrix(stamps: Sequence[Stamp], shape: tuple[int, int]) -> scipy.sparse.csc_array:
-    """Make a design matrix (pixel, stamp), without what is below 1e-5 of a stamp's peak."""
-    rows, values = [], []
-    for stamp in stamps:
-        strength = np.abs(stamp.array)
-        y, x = np.nonzero(strength > 1e-5 * strength.max(initial=0.0))
-        rows.append((y + stamp.y0) * shape[1] + x + stamp.x0)
-        values.append(stamp.array[y, x])
-    starts = np.cumsum([0] + [len(r) for r in rows])
+def _products(left: Sequence[Stamp], right: Sequence[Stamp], weight: np.ndarray) -> scipy.sparse.csr_array:
+    """Return the sums over weighted products of stamps, (left, right), of which most have none in common.
+
+    The image, whose weight is (y, x), is gone through in bands: a matrix (pixel, stamp) of all of it would
+    take several times the memory of the stamps.
+    """
+    result = scipy.sparse.csr_array((len(left), len(right)))
+    rows = max(_BAND_PIXELS // weight.shape[1], 1)
+    for start in range(0, weight.shape[0], rows):
+        band = weight[start : start + rows]
+        first = _design_matrix(left, start, band.shape)
+        second = first if right is left else _design_matrix(right, start, band.shape)
+        weighted = first.copy()
+        weighted.data *= band.ravel()[first.indices]
+        result = result + (weighted.T @ second).tocsr()
+    return result
+
+
+def _design_matrix(stamps: Sequence[Stamp], start: int, shape: tuple[int, int]) -> scipy.sparse.csc_array:
+    """Make a design matrix (pixel, stamp) of some rows of the patch, without what is below 1e-5 of a stamp's
+    peak.
+    """
+    top = np.array([stamp.y0 for stamp in stamps])
+    bottom = top + [len(stamp.array) for stamp in stamps]
+    rows, values = [np.zeros(0, dtype=int)], [np.zeros(0)]
+    counts = np.zeros(len(stamps), dtype=int)
+    for k in np.flatnonzero((top < start + shape[0]) & (bottom > start)).tolist():
+        stamp = stamps[k]
+        part = stamp.array[max(start - stamp.y0, 0) : start + shape[0] - stamp.y0]
+        y, x = np.nonzero(np.abs(part) > 1e-5 * np.abs(stamp.array).max(initial=0.0))
+        rows.append((y + max(stamp.y0 - start, 0)) * shape[1] + x + stamp.x0)
+        values.append(part[y, x])
+        counts[k] = len(y)
+    starts = np.concatenate([[0], np.cumsum(counts)])
     return scipy.sparse.csc_array(
         (np.concatenate(values), np.concatenate(rows), starts), shape=(shape[0] * shape[1], len(stamps))
     )

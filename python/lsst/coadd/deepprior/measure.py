@@ -31,7 +31,7 @@ from astropy import units as u
 from astropy.table import Column, Table
 
 from .deblend import BLEND, DetectionSettings, detect_sources, significance
-from .joint_fit import Coadd, JointFit, Stamp, render
+from .joint_fit import Coadd, JointFit, Stamp, render, slope
 from .moments import adaptive_moments, centroid, peak_offset
 from .source_fit import SYSTEMATIC_FLOOR, fit_sources
 
@@ -210,7 +210,7 @@ def measure_sources(
     columns = _columns_of(pieces, templates, inputs)
     columns, stamps, sky = _with_profiles(columns, templates, inputs, settings)
     y, x = columns["y"], columns["x"]
-    columns |= _point_and_aperture_fluxes(y, x, stamps, columns["flux"], inputs.coadd.above(sky))
+    columns |= _point_and_aperture_fluxes(y, x, stamps, columns["flux"], inputs.coadd.without(sky))
     columns["flux_sys_err"] = SYSTEMATIC_FLOOR * np.abs(columns["flux"])
     columns |= _core_flags(y, x, columns["coadd_fwhm"], inputs.coadd.good, inputs.planes)
     columns |= _places(y, x, columns["coadd_fwhm"], inputs)
@@ -291,13 +291,13 @@ def _with_profiles(
     found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd)
     # A source that the model merged with a galaxy shows only when the galaxy has a profile of its own.
     fitted = render(found.stamps, found.flux, coadd.shape)
-    late = _missed(fitted, coadd.above(found.sky), inputs.clipped, settings)
+    late = _missed(fitted, coadd.without(found.sky), inputs.clipped, settings)
     late = [point for point in late if _apart(point, found.y, found.x, coadd)]
     if late:
         more = _columns_of([], late, inputs)
         columns = {name: np.concatenate([values, more[name]]) for name, values in columns.items()}
         seen = np.append(seen, np.ones(len(late), dtype=bool))
-        found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd)
+        found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd, known=found)
     blended = JointFit.of([*templates, *late], coadd).correlation().max(axis=1).toarray().ravel() > BLEND
     # What is two points takes two rows.
     row = np.concatenate([np.flatnonzero(seen)[found.parent], np.flatnonzero(~seen)])
@@ -423,10 +423,5 @@ def _core_flags(
 
 
 def _slopes(templates: Sequence[Stamp]) -> list[Stamp]:
-    """Return the derivatives of templates along y and then along x, to fourth order."""
-    stencil = np.array([1.0, -8.0, 0.0, 8.0, -1.0]) / 12.0
-    return [
-        Stamp(t.y0, t.x0, scipy.ndimage.correlate1d(t.array, stencil, axis=axis, mode="constant"))
-        for axis in (0, 1)
-        for t in templates
-    ]
+    """Return the derivatives of templates along y and then along x."""
+    return [slope(template, axis) for axis in (0, 1) for template in templates]

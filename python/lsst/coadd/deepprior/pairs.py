@@ -10,13 +10,14 @@ from __future__ import annotations
 __all__ = ("Pair", "fit_pair")
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
 import scipy.optimize
 
 from .galaxy_profiles import GalaxyShape
-from .joint_fit import Coadd, Stamp, render
+from .joint_fit import Coadd, Stamp, render, slope
 
 _CLEARLY = 25.0
 """How much less the chi-square of two points must be than that of a galaxy, whose profile has one parameter
@@ -31,7 +32,10 @@ _LEAST_SHARE = 0.05
 _STARTS = (0.6, 1.0)
 """Separations that the fit starts from, in units of the FWHM."""
 
+_ENOUGH = 1e-5
 _MAX_STEPS = 20
+"""Relative change of the chi-square at which the fit ends, far less than what decides, and the largest number
+of steps."""
 
 _FOOTPRINT = 0.02
 _MISFIT = 3.0
@@ -91,15 +95,22 @@ def fit_pair(
     fwhm = float(coadd.fwhm[coadd.cell(*centre)])
     data = (weight * alone).ravel()
 
-    def point(y: float, x: float) -> np.ndarray:
-        stamp = coadd.point(y, x)
+    def drawn(stamp: Stamp) -> np.ndarray:
         inside = stamp._replace(y0=stamp.y0 - galaxy.y0, x0=stamp.x0 - galaxy.x0).cropped(alone.shape)
         return (weight * render([inside], np.ones(1), alone.shape)).ravel()
 
-    def solved(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        design = np.column_stack([point(*places[:2]), point(*places[2:])])
-        flux = np.linalg.lstsq(design, data)[0]
-        return data - design @ flux, flux
+    @functools.lru_cache(maxsize=2)
+    def solved(y0: float, x0: float, y1: float, x1: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the residuals, the fluxes, and the derivatives of the residuals by the places, to which the
+        fluxes adapt (Kaufman 1975, BIT 15, 49).
+        """
+        points = [coadd.point(y0, x0), coadd.point(y1, x1)]
+        design = np.column_stack([drawn(one) for one in points])
+        # A point that moves up by d looks like itself less d times its slope.
+        change = np.column_stack([drawn(slope(one, axis)) for one in points for axis in (0, 1)])
+        along = np.linalg.lstsq(design, np.column_stack([data, change]))[0]
+        flux = along[:, 0]
+        return data - design @ flux, flux, (change - design @ along[:, 1:]) * np.repeat(flux, 2)
 
     angle = 0.5 * math.atan2(shape.e2, shape.e1)
     along = np.array([math.sin(angle), math.cos(angle)])
@@ -108,10 +119,17 @@ def fit_pair(
         start = np.concatenate([centre + 0.5 * sign * separation * fwhm * along for sign in (1.0, -1.0)])
         bounds = (start - fwhm, start + fwhm)
         fits.append(
-            scipy.optimize.least_squares(lambda p: solved(p)[0], start, bounds=bounds, max_nfev=_MAX_STEPS)
+            scipy.optimize.least_squares(
+                lambda places: solved(*places.tolist())[0],
+                start,
+                jac=lambda places: solved(*places.tolist())[2],
+                bounds=bounds,
+                ftol=_ENOUGH,
+                max_nfev=_MAX_STEPS,
+            )
         )
     best = min(fits, key=lambda fit: float(fit.cost))
-    places, (rest, flux) = best.x.reshape(2, 2), solved(best.x)
+    places, (rest, flux, _) = best.x.reshape(2, 2), solved(*best.x.tolist())
     excess = coadd.noise_excess(coadd.psf[coadd.cell(*centre)])
     gain = float(np.sum((weight * left) ** 2) - np.sum(rest**2))
     model = data - rest

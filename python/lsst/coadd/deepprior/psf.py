@@ -228,9 +228,9 @@ def shift_stamp(stamp: np.ndarray, dx: float, dy: float) -> np.ndarray:
     stamp = _check_stamp(stamp)
     k = stamp.shape[0]
     size = scipy.fft.next_fast_len(2 * k, real=True)
-    fy = scipy.fft.fftfreq(size)[:, None]
-    fx = scipy.fft.rfftfreq(size)[None, :]
-    phase = np.exp(-2j * np.pi * (fy * dy + fx * dx))
+    phase_y = np.exp(-2j * np.pi * dy * scipy.fft.fftfreq(size))
+    phase_x = np.exp(-2j * np.pi * dx * scipy.fft.rfftfreq(size))
+    phase = np.outer(phase_y, phase_x)
     return scipy.fft.irfft2(scipy.fft.rfft2(stamp, s=(size, size)) * phase, s=(size, size))[:k, :k]
 
 

@@ -18,7 +18,7 @@ import scipy.ndimage
 import scipy.sparse
 
 from .galaxy_profiles import MAX_INDEX, MIN_INDEX, GalaxyShape, galaxy_stamp
-from .joint_fit import Coadd, JointFit, Stamp, normal_equations, render
+from .joint_fit import Coadd, JointFit, Stamp, normal_equations, render, slope
 from .pairs import fit_pair
 
 SYSTEMATIC_FLOOR = 0.005
@@ -41,6 +41,9 @@ _MAX_WIDTH = 1.0
 _PASSES = 15
 _SETTLED = 0.02
 """Passes of the fit end when no parameter moves by more than this part of its largest step."""
+
+_SHARED = 0.01
+"""Correlation of two sources from which one is fitted again when the other has changed."""
 
 _TINY = 1e-30
 
@@ -94,6 +97,8 @@ class SourceFit:
         Index of the position that was given; those of pairs occur twice.
     stamps : `list` [`~lsst.coadd.deepprior.joint_fit.Stamp`]
         The sources as they were fitted, of unit flux.
+    states : `list`
+        Their parameters, for a fit that goes on from this one.
     sky : `float`
         Mean of what is no source, in nJy a pixel: sources too faint to be found, and what the sky subtraction
         left. The fluxes are above it.
@@ -109,6 +114,7 @@ class SourceFit:
     extended: np.ndarray
     parent: np.ndarray
     stamps: list[Stamp]
+    states: list[_Source]
     sky: float
 
 
@@ -143,7 +149,7 @@ class _Source:
 
     def derivatives(self, coadd: Coadd, own: Stamp) -> list[Stamp]:
         """Return the changes of a unit flux with y and x, and with the other parameters."""
-        result = [_slope(own, 0), _slope(own, 1)]
+        result = [slope(own, 0), slope(own, 1)]
         if self.shape is not None:
             for k in range(len(self.shape)):
                 step = np.zeros(len(self.shape))
@@ -173,7 +179,13 @@ def _log_radius(variance: float) -> float:
     return math.log(_DISC_RADIUS * math.sqrt(variance / 3.0))
 
 
-def fit_sources(y: np.ndarray, x: np.ndarray, others: Sequence[Stamp], coadd: Coadd) -> SourceFit:
+def fit_sources(
+    y: np.ndarray,
+    x: np.ndarray,
+    others: Sequence[Stamp],
+    coadd: Coadd,
+    known: SourceFit | None = None,
+) -> SourceFit:
     r"""Fit all sources of a patch together.
 
     The model of the data is :math:`\sum_k f_k T(y_k, x_k, s_k)`, and the templates T are
@@ -184,10 +196,11 @@ def fit_sources(y: np.ndarray, x: np.ndarray, others: Sequence[Stamp], coadd: Co
     - the PSF convolved with an elliptical Sérsic profile whose radius, axis ratio, angle and index are
       fitted, for what is wider and bright.
 
-    Gauss-Newton steps take all sources, their neighbours and their parameters at once, so that the errors of
-    fluxes hold what is not known of positions and shapes. A prior of the population of shapes decides what
-    the data leave open. What two points fit better than one galaxy (`~lsst.coadd.deepprior.pairs.fit_pair`)
-    becomes two sources, and all are fitted once more.
+    Gauss-Newton steps take sources, their neighbours and their parameters at once; those that have settled
+    are left alone while others move. A prior of the population of shapes decides what the data leave open.
+    What two points fit better than one galaxy (`~lsst.coadd.deepprior.pairs.fit_pair`) becomes two sources,
+    and what shares light with them is fitted once more. At the end all parameters are solved for together,
+    so that the errors of fluxes hold what is not known of positions and shapes.
 
     Parameters
     ----------
@@ -198,6 +211,8 @@ def fit_sources(y: np.ndarray, x: np.ndarray, others: Sequence[Stamp], coadd: Co
         those of the others, and not returned.
     coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
         Data and noise.
+    known : `SourceFit`, optional
+        Fit of the first of the positions. What shares light with none of the others goes on from there.
 
     Returns
     -------
@@ -215,18 +230,34 @@ def fit_sources(y: np.ndarray, x: np.ndarray, others: Sequence[Stamp], coadd: Co
     if not sources:
         none = np.zeros(0)
         nothing = np.zeros(0, dtype=int)
-        return SourceFit(none, none, none, none, none, none, none, nothing > 0, nothing, [], 0.0)
-    extended, flux = _classify(sources, others, coadd)
-    model = _Model(sources, flux, others, coadd)
-    model.settle()
-    parts = model.parts()
-    parent = np.repeat(np.arange(len(parts)), [len(own) for own, _ in parts])
-    if len(parent) > len(parts):
-        extended = extended[parent] & (np.bincount(parent)[parent] == 1)
+        return SourceFit(none, none, none, none, none, none, none, nothing > 0, nothing, [], [], 0.0)
+    points = [s.stamp(coadd) for s in sources]
+    extended, flux = _classify(sources, points, others, coadd)
+    parent, fresh = np.arange(len(sources)), np.ones(len(sources), dtype=bool)
+    if known is not None:
+        fresh = parent > known.parent.max(initial=-1)
+        fresh |= _sharing(points, coadd) @ fresh
+        old, new = ~fresh[known.parent], np.flatnonzero(fresh)
+        parent = np.concatenate([known.parent[old], new])
+        sources = [known.states[k] for k in np.flatnonzero(old)] + [sources[k] for k in new]
+        extended = np.concatenate([known.extended[old], extended[new]])
+        flux = np.concatenate([known.flux[old], flux[new]])
+        fresh = np.arange(len(sources)) >= old.sum()
+    model = _Model(sources, np.maximum(np.abs(flux), _TINY), others, coadd)
+    model.settle(fresh)
+    parts = model.parts(fresh)
+    split = np.array([len(own) for own, _ in parts])
+    if split.max() > 1:
+        parent, extended, fresh = (np.repeat(a, split) for a in (parent, extended & (split == 1), split > 1))
         flux = np.concatenate([own_flux for _, own_flux in parts])
         model = _Model([one for own, _ in parts for one in own], flux, others, coadd)
-        model.settle()
+        model.settle(fresh)
     return model.result(extended, parent)
+
+
+def _sharing(stamps: Sequence[Stamp], coadd: Coadd) -> scipy.sparse.csr_array:
+    """Return which of some stamps share light, (stamp, stamp), bool."""
+    return abs(normal_equations(stamps, coadd).correlation()) > _SHARED
 
 
 @dataclasses.dataclass
@@ -243,49 +274,81 @@ class _Model:
         self._limit = 0.5 * np.array([self.coadd.fwhm[self.coadd.cell(s.y, s.x)] for s in self.sources])
         self._own = [s.stamp(self.coadd) for s in self.sources]
         self._slopes = [s.derivatives(self.coadd, t) for s, t in zip(self.sources, self._own, strict=True)]
-        # Of every source, the place of its first parameter besides the flux.
-        self._first = len(self.sources) + np.cumsum([0] + [len(group) for group in self._slopes])
+        self._changes = [np.zeros(len(group)) for group in self._slopes]
 
-    @property
-    def _templates(self) -> list[Stamp]:
-        return self._own + [t for group in self._slopes for t in group] + list(self.others)
+    def _templates(self, chosen: Sequence[int] | np.ndarray) -> tuple[list[Stamp], np.ndarray]:
+        """Return the templates of some sources, first those of all fluxes, and, of every source, the place of
+        its first parameter besides the flux.
+        """
+        groups = [self._slopes[k] for k in chosen]
+        first = len(chosen) + np.cumsum([0] + [len(group) for group in groups])
+        slopes = [template for group in groups for template in group]
+        return [*(self._own[k] for k in chosen), *slopes, *self.others], first
 
-    def settle(self) -> None:
-        """Take Gauss-Newton steps until no parameter moves."""
-        n = len(self.sources)
+    def settle(self, moving: np.ndarray) -> None:
+        """Take Gauss-Newton steps until no parameter moves.
+
+        A step takes the sources that moved in the one before and those that share light with them, while all
+        others stay as they were fitted last.
+
+        Parameters
+        ----------
+        moving : `numpy.ndarray`, (source,), bool
+            Sources that the first step takes, besides those that share light with them.
+        """
+        sharing = _sharing(self._own, self.coadd)
         for _ in range(_PASSES):
-            templates = self._templates
-            fit = _with_prior(normal_equations(templates, self.coadd), self.sources, self.flux, self._first)
-            solution, _ = _above_sky(fit, templates, self.coadd)
-            self.flux = np.maximum(np.abs(solution[:n]), _TINY)
-            settled = True
-            for k, source in enumerate(self.sources):
-                step = solution[self._first[k] : self._first[k + 1]] / self.flux[k]
-                moved, distance = _moved(source, step, self._start[:, k], self._limit[k])
-                if distance > _SETTLED:
-                    settled = False
-                    self.sources[k], self._own[k] = moved, moved.stamp(self.coadd)
-                    self._slopes[k] = moved.derivatives(self.coadd, self._own[k])
-            if settled:
+            chosen = np.flatnonzero(moving | (sharing @ moving))
+            if len(chosen) == 0:
                 break
+            moving = np.zeros(len(self.sources), dtype=bool)
+            moving[chosen] = self._step(chosen)
 
-    def _left(self, solution: np.ndarray, sky: float) -> np.ndarray:
-        """Return the data without sky and sources."""
-        return self.coadd.image - sky - render(self._templates, solution, self.coadd.shape)
+    def _step(self, chosen: np.ndarray) -> np.ndarray:
+        """Take one step of some sources, and return which of them have moved."""
+        coadd = self._without(np.setdiff1d(np.arange(len(self.sources)), chosen))
+        templates, first = self._templates(chosen)
+        sources = [self.sources[k] for k in chosen]
+        fit = _with_prior(normal_equations(templates, coadd), sources, self.flux[chosen], first)
+        solution, _ = _above_sky(fit, templates, coadd)
+        self.flux[chosen] = np.maximum(np.abs(solution[: len(chosen)]), _TINY)
+        moved = np.zeros(len(chosen), dtype=bool)
+        for n, (k, source) in enumerate(zip(chosen, sources, strict=True)):
+            change = solution[first[n] : first[n + 1]]
+            new, distance = _moved(source, change / self.flux[k], self._start[:, k], self._limit[k])
+            moved[n] = distance > _SETTLED
+            if moved[n]:
+                self.sources[k], self._own[k] = new, new.stamp(self.coadd)
+                self._slopes[k] = new.derivatives(self.coadd, self._own[k])
+                change = np.zeros(len(change))
+            self._changes[k] = change
+        return moved
 
-    def parts(self) -> list[tuple[list[_Source], np.ndarray]]:
-        """Return, of every source, itself or the two points that fit better than a galaxy, and the fluxes."""
-        templates = self._templates
-        fit = _with_prior(normal_equations(templates, self.coadd), self.sources, self.flux, self._first)
+    def _without(self, settled: np.ndarray) -> Coadd:
+        """Return the coadd without some sources."""
+        templates = [self._own[k] for k in settled] + [t for k in settled for t in self._slopes[k]]
+        amounts = np.concatenate([self.flux[settled], *(self._changes[k] for k in settled)])
+        return self.coadd.without(render(templates, amounts, self.coadd.shape))
+
+    def parts(self, fresh: np.ndarray) -> list[tuple[list[_Source], np.ndarray]]:
+        """Return, of every source, itself or the two points that fit better than a galaxy, and the fluxes.
+
+        Parameters
+        ----------
+        fresh : `numpy.ndarray`, (source,), bool
+            Sources that may be two points.
+        """
+        templates, first = self._templates(range(len(self.sources)))
+        fit = _with_prior(normal_equations(templates, self.coadd), self.sources, self.flux, first)
         solution, sky = _above_sky(fit, templates, self.coadd)
-        left = self._left(solution, sky)
+        left = self.coadd.image - sky - render(templates, solution, self.coadd.shape)
         result = []
         for k, (source, own) in enumerate(zip(self.sources, self._own, strict=True)):
             pair = None
-            if source.shape is not None:
+            if fresh[k] and source.shape is not None:
                 alone = left[own.slices] + solution[k] * own.array
-                for slope, amount in zip(self._slopes[k], solution[self._first[k] :], strict=False):
-                    alone += amount * slope.array
+                for change, amount in zip(self._slopes[k], solution[first[k] :], strict=False):
+                    alone += amount * change.array
                 pair = fit_pair(alone, left[own.slices], own, GalaxyShape(*source.shape), self.coadd)
             result.append(
                 ([source], self.flux[k : k + 1])
@@ -296,8 +359,8 @@ class _Model:
 
     def result(self, extended: np.ndarray, parent: np.ndarray) -> SourceFit:
         """Return the fit with its errors."""
-        coadd, sources, first, templates = self.coadd, self.sources, self._first, self._templates
-        n = len(sources)
+        coadd, sources, n = self.coadd, self.sources, len(self.sources)
+        templates, first = self._templates(range(n))
         full = _with_prior(JointFit.of(templates, coadd), sources, self.flux, first)
         solution, sky = _above_sky(full, templates, coadd)
         errors = full.errors()
@@ -309,7 +372,7 @@ class _Model:
         fixed = full.combined(pick).errors()[:n]
         shape_error = np.sqrt(np.maximum(errors[:n] ** 2 - fixed**2, 0.0))
         flux = solution[:n]
-        left = self._left(solution, sky)
+        left = coadd.image - sky - render(templates, solution, coadd.shape)
         for k, source in enumerate(sources):
             if source.shape is not None:
                 shape_error[k] = math.hypot(shape_error[k], _misfit(self._own[k], left, coadd) * errors[k])
@@ -329,11 +392,14 @@ class _Model:
             extended=extended,
             parent=parent,
             stamps=self._own,
+            states=sources,
             sky=sky,
         )
 
 
-def _classify(sources: list[_Source], others: Sequence[Stamp], coadd: Coadd) -> tuple[np.ndarray, np.ndarray]:
+def _classify(
+    sources: list[_Source], points: Sequence[Stamp], others: Sequence[Stamp], coadd: Coadd
+) -> tuple[np.ndarray, np.ndarray]:
     """Decide which parameters of the sources are fitted, and give them first values.
 
     Returns
@@ -344,9 +410,8 @@ def _classify(sources: list[_Source], others: Sequence[Stamp], coadd: Coadd) -> 
         First values of the fluxes in nJy, not negative.
     """
     n = len(sources)
-    points = [s.stamp(coadd) for s in sources]
     widened = [t._replace(array=scipy.ndimage.laplace(t.array, mode="constant")) for t in points]
-    shifted = [_slope(t, axis) for axis in (0, 1) for t in points]
+    shifted = [slope(t, axis) for axis in (0, 1) for t in points]
     test = JointFit.of([*points, *widened, *shifted, *others], coadd)
     solution, errors = test.solution(), test.errors()
     snr = solution[:n] / errors[:n]
@@ -421,12 +486,6 @@ def _misfit(own: Stamp, left: np.ndarray, coadd: Coadd) -> float:
     # The squares of correlated noise are correlated like the squares of its correlations.
     excess = float((coadd.noise_correlation**2).sum())
     return math.sqrt(reduced - 1.0) if reduced > 1.0 + _MISFIT * math.sqrt(2.0 * excess / n) else 0.0
-
-
-def _slope(stamp: Stamp, axis: int) -> Stamp:
-    """Return the derivative of a stamp along an axis, to fourth order."""
-    stencil = np.array([1.0, -8.0, 0.0, 8.0, -1.0]) / 12.0
-    return stamp._replace(array=scipy.ndimage.correlate1d(stamp.array, stencil, axis=axis, mode="constant"))
 
 
 def _difference(one: Stamp, other: Stamp, step: float) -> Stamp:
