@@ -19,12 +19,14 @@ from lsst.coadd.deepprior.cli import main
 from lsst.coadd.deepprior.estimate import (
     CACHE_BYTES,
     CANVAS_MARGIN,
+    DEFAULT_CACHE_GIB,
     STARTS,
     Costs,
     estimate,
     job_requests,
 )
 from lsst.coadd.deepprior.fitted_patch import MARGIN
+from lsst.coadd.deepprior.warp_streams import default_cache_bytes
 from lsst.coadd.deepprior.warps import Warp
 
 ROOT = Path(__file__).parents[1]
@@ -58,8 +60,19 @@ def test_warps_that_the_cache_does_not_hold_are_read_in_every_pass() -> None:
     assert whole.memory_bytes - none.memory_bytes == pytest.approx(size)
 
 
+def test_a_disk_saves_most_of_the_reading() -> None:
+    """What memory does not hold is on disk, and is read from there in each of the ten later passes."""
+    size = CACHE_BYTES * 64**2 * 4
+    half = estimate(64, 4, UNIT, size / 2 / 2**30, cache_on_disk=True)
+    assert half.seconds_read == pytest.approx((1 + 0.07 * 10 / 2) * 64**2 * 4)
+    assert half.disk_bytes == pytest.approx(size / 2)
+    assert estimate(64, 4, UNIT, size / 2 / 2**30).disk_bytes == 0.0
+    assert estimate(64, 4, UNIT, 2 * size / 2**30, cache_on_disk=True).disk_bytes == 0.0
+
+
 def test_what_the_estimate_knows_of_the_numerics(warps: list[Warp]) -> None:
     assert CANVAS_MARGIN == MARGIN
+    assert default_cache_bytes(1e15) == DEFAULT_CACHE_GIB * 2**30
     observation = warps[0].observation(["BAD"])
     pixel = sum(a.dtype.itemsize for a in (observation.flux, observation.variance, observation.good))
     assert pixel == CACHE_BYTES

@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from .estimate import STARTS, Costs, Estimate, estimate, job_requests
+from .estimate import DEFAULT_CACHE_GIB, STARTS, Costs, Estimate, estimate, job_requests
 
 _HOUR = 3600.0
 
@@ -41,7 +41,14 @@ def _visits(context: click.Context, parameter: click.Parameter, text: str) -> di
 )
 @click.option("--patches", default=1, type=click.IntRange(min=1), help="Number of patches.")
 @click.option("--start", default=STARTS[0], type=click.Choice(STARTS), help="The config field init.")
-@click.option("--cache-gib", default=4.0, type=click.FloatRange(min=0.0), help="The config field cache_gib.")
+@click.option(
+    "--cache-gib",
+    default=DEFAULT_CACHE_GIB,
+    show_default=True,
+    type=click.FloatRange(min=0.0),
+    help="The config field cache_gib.",
+)
+@click.option("--cache-on-disk", is_flag=True, help="The config field cache_dir names a directory.")
 @click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="What restores.")
 @click.option(
     "--costs",
@@ -55,14 +62,15 @@ def estimate_command(
     patches: int,
     start: str,
     cache_gib: float,
+    cache_on_disk: bool,
     device: str,
     costs: Path | None,
     bps: bool,
 ) -> None:
     """Estimate time, memory and storage from measured constants.
 
-    Hours are those of one core, or of one GPU where --device is cuda.  The memory is that of one quantum; all
-    else is for all PATCHES.
+    Hours are those of one core, or of one GPU where --device is cuda.  Memory and disk, for cache_dir, are
+    those of one quantum; all else is for all PATCHES.
     """
     try:
         constants = Costs.read(start, device, costs)
@@ -72,22 +80,22 @@ def estimate_command(
         deepest = max(visits.values())
         click.echo(f"# deepprior estimate --bps --patch-size {patch_size} --visits {deepest} --start {start}")
         click.echo("# requestMemory is in MiB, requestWalltime in minutes.\npipetask:")
-        for label, requests in job_requests(patch_size, deepest, constants, cache_gib).items():
+        for label, requests in job_requests(patch_size, deepest, constants, cache_gib, cache_on_disk).items():
             click.echo(f"  {label}:")
             for name, value in requests.items():
                 click.echo(f"    {name}: {value}")
         return
     table = Table(box=None)
     table.add_column("band")
-    columns = ("visits", "restore h", "read h", "measure h", "memory GB", "warps GB", "outputs GB")
+    columns = ("visits", "restore h", "read h", "measure h", "memory GB", "disk GB", "warps GB", "outputs GB")
     for name in columns:
         table.add_column(name, justify="right")
     total = [0.0] * 5
     for band, n_visits in visits.items():
-        one = estimate(patch_size, n_visits, constants, cache_gib)
+        one = estimate(patch_size, n_visits, constants, cache_gib, cache_on_disk)
         sums = _sums(one, patches)
         total = [a + b for a, b in zip(total, sums, strict=True)]
-        table.add_row(band, str(n_visits), *_cells(sums, one.memory_bytes))
+        table.add_row(band, str(n_visits), *_cells(sums, (one.memory_bytes, one.disk_bytes)))
     if len(visits) > 1:
         table.add_row("all", str(sum(visits.values())), *_cells(total, None))
     Console(width=110).print(table)
@@ -99,7 +107,8 @@ def _sums(one: Estimate, patches: int) -> list[float]:
     return [patches * value for value in (*hours, one.warp_bytes / 1e9, one.output_bytes / 1e9)]
 
 
-def _cells(sums: list[float], memory: float | None) -> list[str]:
+def _cells(sums: list[float], quantum: tuple[float, float] | None) -> list[str]:
     """Write the numbers of a row."""
     texts = [f"{value:,.0f}" if value >= 100.0 else f"{value:.2g}" for value in sums]
-    return [*texts[:3], "" if memory is None else f"{memory / 1e9:.1f}", *texts[3:]]
+    middle = ["", ""] if quantum is None else [f"{size / 1e9:.1f}" for size in quantum]
+    return [*texts[:3], *middle, *texts[3:]]
