@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from injection import GALAXY_BINS, STAR_BINS
+from injection import COMPANION_ARCSEC, COMPANION_SNR, GALAXY_BINS, STAR_BINS
 
 _ENOUGH = 200
 """Number of sources from which a bin is judged."""
@@ -26,8 +26,10 @@ Written by `python benchmarks/calibration.py`; do not edit. Scenes of 256x256 pi
 *standard* (white noise), *correlated_noise* (Lanczos-resampled) and *background_errors* (offsets and slopes
 of 0.02 sky noise), each with stars and galaxies of the same population injected where nothing disturbs them,
 and restored with the network of the package. Isolated sources are the injected ones and those of the scene by
-itself that no neighbour disturbs; S/N is that of the true profile in the inverse-variance coadd, and sources
-below 7 are left out. Seeds from {first} on; settings were chosen on others. *Pull* is (measured - true) /
+itself that no neighbour disturbs: none is brighter than a tenth of the source within {companion_arcsec}
+arcsec. A tenth of a bright source is itself many of its standard errors, so that the *lone* ones among them,
+which have no object of S/N above {companion_snr} within that distance, are shown too. S/N is that of the true
+profile in the inverse-variance coadd, and sources below 7 are left out. Seeds from {first} on; settings were chosen on others. *Pull* is (measured - true) /
 error, without the systematic floor (`flux_sys_err`), since simulated PSFs and flux scales have no error; its
 mean clips pulls at 5, its width is from the quartiles. A bin of fewer than {enough} sources is reported and
 not judged; the bins fill as more scenes are run.
@@ -103,9 +105,10 @@ def _fluxes(objects: Sequence[Mapping[str, Any]]) -> list[str]:
         for low, high in bins:
             chosen = _chosen(objects, kind, "isolated", low, high)
             lines.append(_flux_row(f"{kind} {low:g}-{high:g} mag", chosen, "", None) or "")
+            lone = [one for one in chosen if one.get("lone")]
+            lines.append(_flux_row("the lone ones of them", lone, "", None) or "")
             if kind == "star":
-                label = "the same, `psf_flux`"
-                lines.append(_flux_row(label, chosen, "psf_", None) or "")
+                lines.append(_flux_row("all of them, `psf_flux`", chosen, "psf_", None) or "")
     blends = [one for one in objects if one["group"] == "blend" and one["snr"] >= _MIN_SNR]
     split, alone = _split(blends)
     lines.append(_flux_row('blends at 0.5-0.9", both members found', split, "", 0.05) or "")
@@ -232,7 +235,14 @@ def make(
     text : `str`
         Markdown.
     """
-    lines = [_HEAD.format(first=first_seed, enough=_ENOUGH)]
+    lines = [
+        _HEAD.format(
+            first=first_seed,
+            enough=_ENOUGH,
+            companion_arcsec=COMPANION_ARCSEC,
+            companion_snr=f"{COMPANION_SNR:.0f}",
+        )
+    ]
     for family, found in rows.items():
         lines += [f"## {family.replace('_', ' ')}", ""]
         if not found:

@@ -25,7 +25,7 @@ import galsim
 import metrics
 import numpy as np
 from astropy.table import Table
-from injection import disturbed, inject_into_warps, read_warps
+from injection import COMPANION_ARCSEC, COMPANION_SNR, disturbed, inject_into_warps, read_warps
 from scenes import TARGET_SIGMA, BenchScene
 from sky import Sky
 
@@ -206,6 +206,8 @@ def score_sources(scene: BenchScene, sky: Sky, sources: Table, plain: Coadd) -> 
     entry = match(Detections(columns["x"], columns["y"], columns["flux"]), truth, MATCH_ARCSEC / scale)
     x, y, flux = (np.asarray(truth[name], dtype=float) for name in ("x", "y", "flux_nJy"))
     pair = np.asarray(truth["pair_id"])
+    near = np.hypot(x[:, None] - x, y[:, None] - y) * scale < COMPANION_ARCSEC
+    lone = (near & (sky.snr > COMPANION_SNR) & ~np.eye(len(x), dtype=bool)).sum(axis=1) == 0
     objects = []
     for index in np.flatnonzero((sky.snr > 5.0) & (sky.isolated | (pair >= 0))).tolist():
         row, found = truth[index], int(entry[index])
@@ -222,6 +224,7 @@ def score_sources(scene: BenchScene, sky: Sky, sources: Table, plain: Coadd) -> 
             "mag": float(row["mag"]),
             "snr": float(sky.snr[index]),
             "true_flux": float(flux[index]),
+            "lone": bool(lone[index]),
         }
         if found >= 0:
             one |= {name: float(columns[name][found]) for name in _COMPARED}

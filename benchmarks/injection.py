@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 __all__ = (
+    "COMPANION_ARCSEC",
+    "COMPANION_SNR",
     "DISTURBS",
     "GALAXY_BINS",
     "STAR_BINS",
@@ -57,6 +59,10 @@ _TRIES = 200
 DISTURBS = ((1.5, 0.1), (3.0, 1.0), (6.0, 10.0))
 """Distances in arcsec within which no neighbour of an isolated object may be brighter by some ratio, as in
 `sky`."""
+
+COMPANION_ARCSEC = 1.5
+COMPANION_SNR = 1.0
+"""A source is lone if no object whose true S/N is above the one is nearer than the other."""
 
 _BAND = "i"
 

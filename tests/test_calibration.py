@@ -59,6 +59,17 @@ def line(text: str, start: str) -> str:
     return found
 
 
+def test_report_tells_lone_sources_from_those_with_a_companion() -> None:
+    rng = np.random.default_rng(2)
+    objects = [entry(1.0, 0.0, rng, lone=True) for _ in range(300)]
+    objects += [entry(1.0, 0.05, rng, lone=False) for _ in range(300)]
+    row = {"objects": objects, "n_entries": 600, "n_false": 0, "noise_excess": 1.0}
+    text = calibration_report.make({"standard": [row], "empty": []}, [], 400)
+    assert line(text, "galaxy 22-23").count("**no**") == 2
+    assert line(text, "the lone ones of them | 300/300").count("yes") == 2
+    assert "the lone ones" not in report(1.0, 0.0, 2000)
+
+
 def test_report_judges_bias_and_pulls() -> None:
     assert line(report(1.0, 0.0, 2000), "galaxy 22-23").count("yes") == 2
     assert line(report(1.0, 0.03, 2000), "galaxy 22-23").count("**no**") == 2
