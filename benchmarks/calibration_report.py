@@ -29,8 +29,9 @@ and restored with the network of the package. Isolated sources are the injected 
 itself that no neighbour disturbs: none is brighter than a tenth of the source within {companion_arcsec}
 arcsec. A tenth of a bright source is itself many of its standard errors, so that the *lone* ones among them,
 which have no object of S/N above {companion_snr} within that distance, are shown too. S/N is that of the true
-profile in the inverse-variance coadd, and sources below 7 are left out. Seeds from {first} on; settings were chosen on others. *Pull* is (measured - true) /
-error, without the systematic floor (`flux_sys_err`), since simulated PSFs and flux scales have no error; its
+profile in the inverse-variance coadd, and sources below 7 are left out. Seeds from {first} on; settings were
+chosen on others. *Pull* is (measured - true) / error, without the systematic floor (`flux_sys_err`), since
+simulated PSFs and flux scales have no error; its
 mean clips pulls at 5, its width is from the quartiles. A bin of fewer than {enough} sources is reported and
 not judged; the bins fill as more scenes are run.
 """
