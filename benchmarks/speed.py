@@ -37,7 +37,7 @@ from lsst.daf.butler import Butler
 
 HERE = Path(__file__).parent
 CACHE = HERE / ".cache" / "speed"
-PIPELINE = "$COADD_DEEPPRIOR_DIR/pipelines/deepPriorCoadd.yaml#deepPriorCoadd"
+PIPELINE = "$COADD_DEEPPRIOR_DIR/pipelines/deepPriorCoadd.yaml"
 
 CELLS = {512: 4, 1024: 8, 3400: 20}
 """Number of cells along each side, by the size of the patch in pixels."""
@@ -48,8 +48,8 @@ DISTINCT = 16
 PEERS = ("coadd", "richardson_lucy", "starlet", "coadd_deconvolution", "starred")
 """Methods of `methods` to compare with."""
 
-MODULES = ("restore", "weights", "warp_streams", "coadd", "execution", "deep_prior_coadd")
-"""Modules whose code makes a quantum."""
+MODULES = ("restore", "weights", "warp_streams", "coadd", "execution", "deep_prior_coadd", "measure")
+"""Modules whose code makes the quanta."""
 
 ALONE = ("speed_peer", "speed_parts")
 
@@ -111,19 +111,28 @@ def version() -> str:
 
 
 def quantum(size: int, n_visits: int, start: str, device: str, cores: int) -> dict[str, Any]:
-    """Restore a patch by the pipeline; return seconds by phase, and memory."""
+    """Restore a patch and measure its sources by the pipeline; return seconds by phase, and memory."""
     repo = repository(size, n_visits)
     output = f"speed/{start}-{os.getpid()}-{time.time_ns()}"
+    pipetask = ("pipetask", "run", "-n", cores, "-b", repo, "-i", "deepprior/warps", "-o", output)
     run(
-        *("pipetask", "run", "-n", cores, "-b", repo, "-i", "deepprior/warps", "-o", output, "-p", PIPELINE),
+        *(*pipetask, "-p", f"{PIPELINE}#deepPriorCoadd"),
         *("--register-dataset-types", "-c", f"deepPriorCoadd:device={device}"),
         *("-c", f"deepPriorCoadd:init={start}", "-c", f"deepPriorCoadd:cache_dir={CACHE}"),
     )
+    run(
+        *(*pipetask, "-p", f"{PIPELINE}#measureDeepPriorCoadd"),
+        *("--register-dataset-types", "--extend-run"),
+    )
     with Butler.from_config(repo, collections=output) as butler:
-        (ref,) = butler.query_datasets("deep_prior_coadd_metrics")
-        metrics = butler.get(ref)
-        (ref,) = butler.query_datasets("deepPriorCoadd_metadata")
-        metadata = butler.get(ref)["quantum"]
+
+        def only(name: str) -> Any:
+            (ref,) = butler.query_datasets(name)
+            return butler.get(ref)
+
+        metrics = only("deep_prior_coadd_metrics")
+        metadata = only("deepPriorCoadd_metadata")["quantum"]
+        measuring = only("measureDeepPriorCoadd_metadata")["quantum"]
     seconds = metrics["seconds"]
     begin, end = (metadata[f"{name}Utc"] for name in ("start", "end"))
     total = speed_report.seconds_between(str(begin), str(end))
@@ -138,6 +147,8 @@ def quantum(size: int, n_visits: int, start: str, device: str, cores: int) -> di
         "total": total,
         "cpu": metadata["endCpuTime"] - metadata["startCpuTime"],
         "peak_gb": metadata["endMaxResidentSetSize"] / 1e9,
+        "measure_cpu": measuring["endCpuTime"] - measuring["startCpuTime"],
+        "measure_peak_gb": measuring["endMaxResidentSetSize"] / 1e9,
         "method": metrics["method"],
         "cores": cores,
     }

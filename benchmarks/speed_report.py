@@ -75,7 +75,7 @@ def _quanta(found: _Found) -> list[str]:
                 measured = found.rows("quantum", size, n_visits, start, device)
                 name = [str(size), str(n_visits), start, device]
                 if not measured:
-                    rows.append([*name, NOT_RUN, *[""] * (len(PHASES) + 5)])
+                    rows.append([*name, NOT_RUN, *[""] * (len(PHASES) + 7)])
                     continue
                 total = _median(measured, "total")
                 rows.append(
@@ -85,13 +85,15 @@ def _quanta(found: _Found) -> list[str]:
                         *(f"{_median(measured, 'phases', phase):.1f}" for phase in PHASES),
                         f"{_median(measured, 'cpu'):.0f}",
                         f"{_median(measured, 'peak_gb'):.2f}",
+                        f"{_median(measured, 'measure_cpu'):.0f}",
+                        f"{_median(measured, 'measure_peak_gb'):.2f}",
                         f"{size**2 * n_visits / total / 1e6:.2f}",
                         f"{len(measured)}",
                         f"{_median(measured, 'load'):.1f}",
                     ]
                 )
-    head = ["size", "visits", "start", "device", "total s", *PHASES, "CPU s", "peak GB", "Mpixel-visits/s"]
-    return _table([*head, "runs", "load"], rows)
+    head = ["size", "visits", "start", "device", "total s", *PHASES, "CPU s", "peak GB"]
+    return _table([*head, "measuring CPU s", "peak GB", "Mpixel-visits/s", "runs", "load"], rows)
 
 
 def _peers(found: _Found) -> list[str]:
@@ -262,7 +264,8 @@ def make(cache: Path, version: str, processor: str) -> str:
         "maximum likelihood; *fit*: inference or fit, data steps and points; *coadd*: residual coadd and "
         "outliers; *noise*: four noise realisations; *psf*: the restoration with injected stars; *write*: "
         "storing of the outputs; *other*: what is between them. PSFs change from cell to cell; beyond 16 "
-        "visits they repeat.",
+        "visits they repeat. *Measuring*, and the peak behind it, is the quantum that makes the catalogue, one "
+        "thread.",
         "",
         *_quanta(found),
         "## Other methods on the same visits, which are in memory",
