@@ -264,8 +264,7 @@ def make(cache: Path, version: str, processor: str) -> str:
         "maximum likelihood; *fit*: inference or fit, data steps and points; *coadd*: residual coadd and "
         "outliers; *noise*: four noise realisations; *psf*: the restoration with injected stars; *write*: "
         "storing of the outputs; *other*: what is between them. PSFs change from cell to cell; beyond 16 "
-        "visits they repeat. *Measuring*, and the peak behind it, is the quantum that makes the catalogue, one "
-        "thread.",
+        "visits they repeat. *Measuring*, and the peak behind it, is the quantum that makes the catalogue.",
         "",
         *_quanta(found),
         "## Other methods on the same visits, which are in memory",
