@@ -141,6 +141,40 @@ def test_a_point_beside_a_galaxy_is_no_pair_of_points() -> None:
     assert len(found.flux) == 1
 
 
+def test_a_fit_with_late_sources_goes_on_from_that_without_them() -> None:
+    """Stars, a galaxy, and a pair seen as one; a late star beside the galaxy, and one far from all."""
+    rng = np.random.default_rng(12)
+    bright = 200.0 * POINT_ERROR
+    drawn = galsim.ImageD(*SHAPE[::-1], scale=1.0, xmin=0, ymin=0)
+    galaxy = galsim.Convolve(
+        galsim.Sersic(n=1.0, half_light_radius=4.0, flux=2.0 * bright), galsim.Gaussian(sigma=SEEING)
+    )
+    galaxy.drawImage(drawn, center=galsim.PositionD(90.0, 130.0), method="no_pixel")
+    pair = [(200.0, 60.0, bright), (203.4, 60.0, bright)]
+    stars = [(40.0, 250.0, bright), (55.5, 250.0, bright), (230.0, 200.0, bright)]
+    late = [(96.0, 133.0, 0.3 * bright), (150.0, 280.0, 0.3 * bright)]
+    image = drawn.array + gaussian_stars(SHAPE, [*pair, *stars, *late], SEEING)
+    coadd = make_coadd(image + rng.standard_normal(SHAPE))
+    y = np.array([130.2, 60.1, 250.1, 249.8, 200.2])
+    x = np.array([89.8, 201.7, 40.2, 55.4, 229.9])
+    late_y, late_x = np.array([133.0, 280.0]), np.array([96.0, 150.0])
+    first = fit_sources(y, x, [], coadd)
+    assert np.bincount(first.parent).tolist() == [1, 2, 1, 1, 1]
+    y, x = np.append(y, late_y), np.append(x, late_x)
+    continued = fit_sources(y, x, [], coadd, known=first)
+    anew = fit_sources(y, x, [], coadd)
+    for fit in (continued, anew):
+        assert np.bincount(fit.parent).tolist() == [1, 2, 1, 1, 1, 1, 1]
+    order, anew_order = (np.lexsort((fit.x, fit.parent)) for fit in (continued, anew))
+    for name in ("flux", "y", "x", "error", "y_err", "x_err"):
+        error = anew.error if name in ("flux", "error") else anew.x_err
+        difference = getattr(continued, name)[order] - getattr(anew, name)[anew_order]
+        assert np.abs(difference / error[anew_order]).max() < 0.1, name
+    np.testing.assert_array_equal(continued.extended[order], anew.extended[anew_order])
+    # What has no light in common with the late ones was taken as it was.
+    assert len({id(state) for state in first.states} & {id(state) for state in continued.states}) >= 4
+
+
 def test_what_is_no_ellipse_has_larger_errors() -> None:
     """Three bright points, seen as one galaxy, which cannot have their shape, nor can a pair."""
     rng = np.random.default_rng(8)
