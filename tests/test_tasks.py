@@ -403,6 +403,8 @@ def test_progress_is_logged(warps: list[Warp], caplog: pytest.LogCaptureFixture)
     label = f"tract 9, patch {warps[0].patch.id}, r band"
     assert f"{label}: restoring from 4 of 4 warps." in caplog.text
     assert f"{label}, fit: 2 of 2, loss" in caplog.text
+    assert f"{label}, data steps: 6 of 6." in caplog.text
+    assert f"{label}, points: 1 of " in caplog.text
     assert f"{label}, noise: 1 of 1, rms" in caplog.text
 
 

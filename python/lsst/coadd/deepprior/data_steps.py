@@ -9,6 +9,8 @@ from __future__ import annotations
 
 __all__ = ("data_steps", "regain_flux")
 
+from collections.abc import Callable
+
 import torch
 
 from .patch_data import PatchData
@@ -28,7 +30,13 @@ the residual. Chosen on the same scenes: from 0.5 to 1 the sky of the image gets
 galaxies near the limit of detection lose some per cent."""
 
 
-def data_steps(data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def data_steps(
+    data: PatchData,
+    sets: VisitSets,
+    latent: torch.Tensor,
+    gate: torch.Tensor,
+    progress: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
     r"""Give back the flux of significant sources that a prior has taken.
 
     A network of limited size leaves some per cent of the light even of sources far above the noise. The
@@ -58,6 +66,8 @@ def data_steps(data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: tor
     gate : `torch.Tensor`, (y, x)
         Part of the network's correction that was let through, 0 to 1; bright stars have none and fit the
         data already.
+    progress : `~collections.abc.Callable`, optional
+        Called with the number of steps done and of all, after each.
 
     Returns
     -------
@@ -65,13 +75,17 @@ def data_steps(data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: tor
         The image with the steps taken, in nJy.
     """
     noise = data.matched_noise()
-    latent = regain_flux(data, sets, latent, gate)
+    latent = regain_flux(data, sets, latent, gate, progress)
     significance = torch.where(noise > 0.0, sets.gram.forward(latent[None])[0] / noise, torch.inf).square()
     return latent / (1.0 + _UNCLAIMED**2 / significance.clamp_min(torch.finfo(latent.dtype).tiny))
 
 
 def regain_flux(
-    data: PatchData, sets: VisitSets, latent: torch.Tensor, gate: torch.Tensor | float = 1.0
+    data: PatchData,
+    sets: VisitSets,
+    latent: torch.Tensor,
+    gate: torch.Tensor | float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """Take the steps of `data_steps` that give significant sources the flux that the data have.
 
@@ -85,6 +99,8 @@ def regain_flux(
         Latent image u, in nJy.
     gate : `torch.Tensor`, (y, x) or `float`, optional
         By how much a pixel may change, 0 to 1.
+    progress : `~collections.abc.Callable`, optional
+        As in `data_steps`.
 
     Returns
     -------
@@ -94,7 +110,7 @@ def regain_flux(
     noise = data.matched_noise()
     tiny = torch.finfo(latent.dtype).tiny
     statistics: SetStatistics | None = None
-    for _ in range(_STEPS):
+    for step in range(_STEPS):
         # That the coverage is of the first image changes the steps, but not where they end.
         known = None if statistics is None else statistics.coverage
         statistics = data.linearise(sets, latent[None], coverage=known)
@@ -105,4 +121,6 @@ def regain_flux(
         power = gate * significance / (1.0 + significance)
         ratio = (statistics.seen[0] / prediction.clamp_min(tiny)).clamp(0.1, 10.0)
         latent = latent * torch.where(coverage > 0.0, ratio**power, 1.0)
+        if progress is not None:
+            progress(step + 1, _STEPS)
     return latent

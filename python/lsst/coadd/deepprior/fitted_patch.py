@@ -271,7 +271,7 @@ def fit_patch(
         method = "network fitted from scratch"
         curves["fit_step"] = [float(step) for step, _ in curve]
         curves["held_out"] = [value for _, value in curve]
-    points = _latent(data, sets, net, features)
+    points = _latent(data, sets, net, features, progress)
     del features
     times["fit"] = time.monotonic() - mark
     return FittedPatch(
@@ -290,10 +290,17 @@ def fit_patch(
     )
 
 
-def _latent(data: PatchData, sets: VisitSets, net: Trunk | None, features: Features) -> PointSources:
+def _latent(
+    data: PatchData, sets: VisitSets, net: Trunk | None, features: Features, progress: Progress | None = None
+) -> PointSources:
     """Return the latent image of the set of all visits (without a network the base) and its points."""
+
+    def report(phase: str) -> Callable[[int, int], None]:
+        return lambda step, n_steps: progress(phase, step, n_steps, math.nan) if progress else None
+
     if net is None:
         latent = latent_and_slope(features.start, features.noise)[0]
     else:
-        latent = data_steps(data, sets, mean_latent_image(net, features), features.gate)
-    return point_sources(data, sets, latent)
+        image = mean_latent_image(net, features)
+        latent = data_steps(data, sets, image, features.gate, report("data steps"))
+    return point_sources(data, sets, latent, report("points"))

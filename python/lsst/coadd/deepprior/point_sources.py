@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import scipy.ndimage
@@ -176,7 +177,12 @@ class _Canvas:
         )
 
 
-def point_sources(data: PatchData, sets: VisitSets, latent: torch.Tensor) -> PointSources:
+def point_sources(
+    data: PatchData,
+    sets: VisitSets,
+    latent: torch.Tensor,
+    progress: Callable[[int, int], None] | None = None,
+) -> PointSources:
     r"""Replace what the data cannot tell from points by points.
 
     Peaks of the image above `_MIN_SNR` are fitted as points over the rest of the image, all visits together,
@@ -196,6 +202,8 @@ def point_sources(data: PatchData, sets: VisitSets, latent: torch.Tensor) -> Poi
         One set of all visits.
     latent : `torch.Tensor`, (y, x)
         Latent image u, in nJy.
+    progress : `~collections.abc.Callable`, optional
+        Called with the number of rounds done and the largest one, after each.
 
     Returns
     -------
@@ -217,6 +225,8 @@ def point_sources(data: PatchData, sets: VisitSets, latent: torch.Tensor) -> Poi
                 gradient, coverage, _ = canvas.gradient(canvas.model(rest, points))
                 points = _moved(canvas, points, peaks, groups, gradient, coverage)
         stays = _insignificant(canvas, points, groups, canvas.model(rest, points))
+        if progress is not None:
+            progress(number + 1, _ROUNDS)
         if stays.all():
             break
         points, peaks = points[stays], peaks[stays]
