@@ -134,7 +134,7 @@ def test_trained_network_is_used_without_a_step(trained, n_visits: int) -> None:
     assert result.metrics["method"] == "pretrained network"
     assert result.metrics["network"]["outside"] == []
     assert result.metrics["network"]["conditions"]["n_visits"] == n_visits
-    assert phases == {"base", "noise"}
+    assert phases == {"base", "data steps", "points", "noise"}
     assert result.curves["fit_step"] == []
     assert np.isfinite(result.image).all()
     assert np.isfinite(result.variance).all()
