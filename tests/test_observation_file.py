@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +59,21 @@ def test_a_file_that_was_cut(tmp_path: Path) -> None:
     file._file.truncate(1000)
     with pytest.raises(OSError, match="shorter than what was written"):
         file[number]
+
+
+@pytest.mark.parametrize("short_by", [1, 700, 500_000])
+def test_what_was_written_before_a_disk_is_full_can_be_read(tmp_path: Path, short_by: int) -> None:
+    """Wherever in the second observation the room ends: in its small arrays or in its large ones."""
+    original = observation((300, 410), 1, with_noise=False)
+    file = ObservationFile(tmp_path)
+    number = file.append(original)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * file._end - short_by, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            file.append(original)
+        np.testing.assert_array_equal(file[number].flux, original.flux)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    again = file.append(original)
+    np.testing.assert_array_equal(file[again].psf, original.psf)

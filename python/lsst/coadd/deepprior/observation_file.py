@@ -43,7 +43,9 @@ class ObservationFile:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=directory)
+        # Without a buffer, whose rest of a failed write would fail once more when something is read.
+        self._file = tempfile.TemporaryFile(dir=directory, buffering=0)
+        self._end = 0
         self._entries: list[dict[str, Any]] = []
 
     def append(self, observation: Observation) -> int:
@@ -65,14 +67,18 @@ class ObservationFile:
             Raised if there is no room; those before it can still be read.
         """
         entry: dict[str, Any] = {}
+        end = self._end
         for field in dataclasses.fields(observation):
             value = getattr(observation, field.name)
             if isinstance(value, np.ndarray):
-                offset = self._file.seek(0, 2)
-                self._file.write(np.ascontiguousarray(value).data)
-                value = _Place(offset, value.shape, value.dtype)
+                self._file.seek(end)
+                left = _octets(np.ascontiguousarray(value))
+                while len(left):
+                    left = left[self._file.write(left) :]
+                value = _Place(end, value.shape, value.dtype)
+                end = self._file.tell()
             entry[field.name] = value
-        self._file.flush()
+        self._end = end
         self._entries.append(entry)
         return len(self._entries) - 1
 
@@ -93,6 +99,14 @@ class ObservationFile:
     def _read(self, place: _Place) -> np.ndarray:
         array = np.empty(place.shape, place.dtype)
         self._file.seek(place.offset)
-        if self._file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:
-            raise OSError("The file of observations is shorter than what was written to it.")
+        left = _octets(array)
+        while len(left):
+            if not (n_read := self._file.readinto(left)):
+                raise OSError("The file of observations is shorter than what was written to it.")
+            left = left[n_read:]
         return array
+
+
+def _octets(array: np.ndarray) -> memoryview:
+    """Return the memory of a contiguous array."""
+    return array.reshape(-1).view(np.uint8).data

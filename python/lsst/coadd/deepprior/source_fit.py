@@ -17,7 +17,8 @@ import numpy as np
 import scipy.ndimage
 import scipy.sparse
 
-from .galaxy_profiles import MAX_INDEX, MIN_INDEX, GalaxyShape, galaxy_stamp
+from .fitted_source import MAX_WIDTH, POSITION_STEP, Source
+from .galaxy_profiles import GalaxyShape
 from .joint_fit import Coadd, JointFit, Stamp, normal_equations, render, slope
 from .pairs import fit_pair
 
@@ -35,9 +36,6 @@ _WIDTH_SNR = 60.0
 """S/N below which the width of a source is fitted also where it is not significant: a galaxy that is taken
 for a point loses light, twice its error at the limit of significance."""
 
-_MAX_WIDTH = 1.0
-"""Largest sigma, in units of the FWHM of the coadd PSF, of sources whose width is fitted."""
-
 _PASSES = 15
 _SETTLED = 0.02
 """Passes of the fit end when no parameter moves by more than this part of its largest step."""
@@ -47,33 +45,11 @@ _SHARED = 0.01
 
 _TINY = 1e-30
 
-_POSITION_STEP = 0.3
-"""Largest step of a position in pixels."""
-
-_SHAPE_STEP = np.array([0.4, 0.25, 0.25, 0.4])
-"""Largest steps of `~lsst.coadd.deepprior.galaxy_profiles.GalaxyShape`."""
-
-_SHAPE_MEAN = np.array([math.log(2.0), 0.0, 0.0, math.log(1.4)])
-_SHAPE_SIGMA = np.array([1.0, 0.35, 0.35, 0.6])
-"""Population of the shapes, which decides what the data leave open: half-light radii of 2 pixels within a
-factor of e, axis ratios of a/b = 2 at one standard deviation, and indices with the mean and the scatter of
-log n of three discs (n = 1) to a bulge (n = 4)."""
-
-_LOWEST = np.array([math.log(0.1), -1.2, -1.2, math.log(MIN_INDEX)])
-_HIGHEST = np.array([math.log(40.0), 1.2, 1.2, math.log(MAX_INDEX)])
-
-_DIFFERENCE = 0.02
-_VARIANCE_DIFFERENCE = 0.2
-"""Steps of shape parameters and of a variance in pixel^2 for derivatives."""
-
 _FOOTPRINT = 0.02
 """Brightness, as part of the peak, down to which pixels tell whether the model of a galaxy fits."""
 
 _MISFIT = 3.0
 """Standard deviations of a reduced chi-square above 1 from which a model does not fit."""
-
-_DISC_RADIUS = 1.678
-"""Half-light radius of an exponential disc in units of its scale length."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,69 +90,8 @@ class SourceFit:
     extended: np.ndarray
     parent: np.ndarray
     stamps: list[Stamp]
-    states: list[_Source]
+    states: list[Source]
     sky: float
-
-
-@dataclasses.dataclass
-class _Source:
-    """Present state of a source.
-
-    Its parameters besides flux and position are none for a point; the variance that a round profile adds
-    along each axis, in pixel^2, and the logarithm of its index, if ``variance`` is not `None`; all of
-    `~lsst.coadd.deepprior.galaxy_profiles.GalaxyShape`, if ``shape`` is not `None`.
-    """
-
-    y: float
-    x: float
-    variance: float | None = None
-    log_index: float = float(_SHAPE_MEAN[3])
-    shape: np.ndarray | None = None
-
-    def stamp(self, coadd: Coadd) -> Stamp:
-        """Draw the source with unit flux."""
-        psf = coadd.psf[coadd.cell(self.y, self.x)]
-        if self.shape is not None:
-            shape = GalaxyShape(*self.shape)
-        elif self.variance:
-            shape = GalaxyShape(_log_radius(self.variance), 0.0, 0.0, self.log_index)
-        else:
-            return coadd.point(self.y, self.x)
-        size = psf.shape[0] + 2 * math.ceil(min(4.0 * math.exp(shape.log_radius), 2 * psf.shape[0]))
-        iy, ix, half = round(self.y), round(self.x), size // 2
-        array = galaxy_stamp(psf, shape, self.y - iy, self.x - ix, size)
-        return Stamp(iy - half, ix - half, array).cropped(coadd.shape)
-
-    def derivatives(self, coadd: Coadd, own: Stamp) -> list[Stamp]:
-        """Return the changes of a unit flux with y and x, and with the other parameters."""
-        result = [slope(own, 0), slope(own, 1)]
-        if self.shape is not None:
-            for k in range(len(self.shape)):
-                step = np.zeros(len(self.shape))
-                step[k] = _DIFFERENCE if self.shape[k] + _DIFFERENCE <= _HIGHEST[k] else -_DIFFERENCE
-                other = dataclasses.replace(self, shape=self.shape + step)
-                result.append(_difference(other.stamp(coadd), own, step[k]))
-        elif self.variance is not None:
-            wider = dataclasses.replace(self, variance=self.variance + _VARIANCE_DIFFERENCE)
-            result.append(_difference(wider.stamp(coadd), own, _VARIANCE_DIFFERENCE))
-            other = dataclasses.replace(self, log_index=self.log_index - _DIFFERENCE)
-            result.append(_difference(other.stamp(coadd), own, -_DIFFERENCE))
-        return result
-
-    def prior(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return how far the parameters besides flux and position are below the mean of the population, and
-        their precisions.
-        """
-        if self.shape is not None:
-            return _SHAPE_MEAN - self.shape, _SHAPE_SIGMA**-2.0
-        if self.variance is not None:
-            return np.array([0.0, _SHAPE_MEAN[3] - self.log_index]), np.array([0.0, _SHAPE_SIGMA[3] ** -2.0])
-        return np.zeros(0), np.zeros(0)
-
-
-def _log_radius(variance: float) -> float:
-    """Return the logarithm of the half-light radius of an exponential disc of some variance along an axis."""
-    return math.log(_DISC_RADIUS * math.sqrt(variance / 3.0))
 
 
 def fit_sources(
@@ -226,7 +141,7 @@ def fit_sources(
     """
     if len(y) != len(x):
         raise ValueError(f"There are {len(y)} positions y and {len(x)} positions x; give one each.")
-    sources = [_Source(float(a), float(b)) for a, b in zip(y, x, strict=True)]
+    sources = [Source(float(a), float(b)) for a, b in zip(y, x, strict=True)]
     if not sources:
         none = np.zeros(0)
         nothing = np.zeros(0, dtype=int)
@@ -264,7 +179,7 @@ def _sharing(stamps: Sequence[Stamp], coadd: Coadd) -> scipy.sparse.csr_array:
 class _Model:
     """All sources of a patch, their templates, and what their parameters change."""
 
-    sources: list[_Source]
+    sources: list[Source]
     flux: np.ndarray
     others: Sequence[Stamp]
     coadd: Coadd
@@ -315,7 +230,7 @@ class _Model:
         moved = np.zeros(len(chosen), dtype=bool)
         for n, (k, source) in enumerate(zip(chosen, sources, strict=True)):
             change = solution[first[n] : first[n + 1]]
-            new, distance = _moved(source, change / self.flux[k], self._start[:, k], self._limit[k])
+            new, distance = source.moved(change / self.flux[k], self._start[:, k], self._limit[k])
             moved[n] = distance > _SETTLED
             if moved[n]:
                 self.sources[k], self._own[k] = new, new.stamp(self.coadd)
@@ -330,7 +245,7 @@ class _Model:
         amounts = np.concatenate([self.flux[settled], *(self._changes[k] for k in settled)])
         return self.coadd.without(render(templates, amounts, self.coadd.shape))
 
-    def parts(self, fresh: np.ndarray) -> list[tuple[list[_Source], np.ndarray]]:
+    def parts(self, fresh: np.ndarray) -> list[tuple[list[Source], np.ndarray]]:
         """Return, of every source, itself or the two points that fit better than a galaxy, and the fluxes.
 
         Parameters
@@ -353,7 +268,7 @@ class _Model:
             result.append(
                 ([source], self.flux[k : k + 1])
                 if pair is None
-                else ([_Source(*place) for place in pair.positions.tolist()], pair.flux)
+                else ([Source(*place) for place in pair.positions.tolist()], pair.flux)
             )
         return result
 
@@ -380,7 +295,7 @@ class _Model:
             y_err, x_err = errors[first[:-1]] / np.abs(flux), errors[first[:-1] + 1] / np.abs(flux)
             last = np.array([solution[first[:-1]], solution[first[:-1] + 1]]) / flux
         position = np.array([[s.y for s in sources], [s.x for s in sources]])
-        position -= np.clip(np.nan_to_num(last), -_POSITION_STEP, _POSITION_STEP)
+        position -= np.clip(np.nan_to_num(last), -POSITION_STEP, POSITION_STEP)
         return SourceFit(
             flux=flux,
             error=np.hypot(fixed, shape_error),
@@ -398,7 +313,7 @@ class _Model:
 
 
 def _classify(
-    sources: list[_Source], points: Sequence[Stamp], others: Sequence[Stamp], coadd: Coadd
+    sources: list[Source], points: Sequence[Stamp], others: Sequence[Stamp], coadd: Coadd
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decide which parameters of the sources are fitted, and give them first values.
 
@@ -417,12 +332,11 @@ def _classify(
     snr = solution[:n] / errors[:n]
     extended = solution[n : 2 * n] > _EXTENDED * errors[n : 2 * n]
     for k, source in enumerate(sources):
-        width = _MAX_WIDTH * float(coadd.fwhm[coadd.cell(source.y, source.x)])
+        width = MAX_WIDTH * float(coadd.fwhm[coadd.cell(source.y, source.x)])
         ratio = 2.0 * solution[n + k] / solution[k] if solution[k] > 0.0 else 0.0
         if extended[k] and snr[k] >= _SHAPE_SNR:
             variance = min(max(ratio, 0.2), width**2)
-            source.shape = _SHAPE_MEAN.copy()
-            source.shape[0] = _log_radius(variance)
+            sources[k] = source.shaped(variance)
         elif extended[k] or snr[k] < _WIDTH_SNR:
             source.variance = min(max(ratio, 0.0), width**2)
     return extended, np.maximum(np.abs(solution[:n]), _TINY)
@@ -441,7 +355,7 @@ def _above_sky(fit: JointFit, templates: Sequence[Stamp], coadd: Coadd) -> tuple
     return alone - sky * response, sky
 
 
-def _with_prior(fit: JointFit, sources: list[_Source], flux: np.ndarray, first: np.ndarray) -> JointFit:
+def _with_prior(fit: JointFit, sources: list[Source], flux: np.ndarray, first: np.ndarray) -> JointFit:
     """Add the prior of the shapes to a fit, whose parameters are changes of the shapes times fluxes."""
     precision, pull = np.zeros(len(fit.right)), np.zeros(len(fit.right))
     for k, source in enumerate(sources):
@@ -451,27 +365,6 @@ def _with_prior(fit: JointFit, sources: list[_Source], flux: np.ndarray, first: 
         pull[own] = below * flux[k]
     prior = scipy.sparse.diags_array(precision)
     return JointFit((fit.normal + prior).tocsr(), fit.right + precision * pull, (fit.noise + prior).tocsr())
-
-
-def _moved(source: _Source, step: np.ndarray, start: np.ndarray, limit: float) -> tuple[_Source, float]:
-    """Move a source by a step, as far as is allowed; return also how far, in units of its largest step."""
-    before = np.array([source.y, source.x])
-    after = before + np.clip(-step[:2], -_POSITION_STEP, _POSITION_STEP)
-    after = np.clip(after, start - limit, start + limit)
-    result = dataclasses.replace(source, y=float(after[0]), x=float(after[1]))
-    moves = [np.abs(after - before) / _POSITION_STEP]
-    if source.shape is not None:
-        shape = np.clip(source.shape + np.clip(step[2:], -_SHAPE_STEP, _SHAPE_STEP), _LOWEST, _HIGHEST)
-        moves.append(np.abs(shape - source.shape) / _SHAPE_STEP)
-        result.shape = shape
-    elif source.variance is not None:
-        widest = (2.0 * _MAX_WIDTH * limit) ** 2
-        variance = min(max(source.variance + min(max(float(step[2]), -1.0), 1.0), 0.0), widest)
-        largest = _SHAPE_STEP[3]
-        index = np.clip(source.log_index + np.clip(step[3], -largest, largest), _LOWEST[3], _HIGHEST[3])
-        moves.append(np.abs([variance - source.variance, (index - source.log_index) / largest]))
-        result.variance, result.log_index = variance, float(index)
-    return result, float(np.concatenate(moves).max())
 
 
 def _misfit(own: Stamp, left: np.ndarray, coadd: Coadd) -> float:
@@ -486,16 +379,3 @@ def _misfit(own: Stamp, left: np.ndarray, coadd: Coadd) -> float:
     # The squares of correlated noise are correlated like the squares of its correlations.
     excess = float((coadd.noise_correlation**2).sum())
     return math.sqrt(reduced - 1.0) if reduced > 1.0 + _MISFIT * math.sqrt(2.0 * excess / n) else 0.0
-
-
-def _difference(one: Stamp, other: Stamp, step: float) -> Stamp:
-    """Return ``(one - other) / step`` on the box of the second."""
-    result = np.zeros(other.array.shape)
-    y0, x0 = max(one.y0, other.y0), max(one.x0, other.x0)
-    y1 = min(one.slices[0].stop, other.slices[0].stop)
-    x1 = min(one.slices[1].stop, other.slices[1].stop)
-    result[y0 - other.y0 : y1 - other.y0, x0 - other.x0 : x1 - other.x0] = (
-        one.array[y0 - one.y0 : y1 - one.y0, x0 - one.x0 : x1 - one.x0]
-        - other.array[y0 - other.y0 : y1 - other.y0, x0 - other.x0 : x1 - other.x0]
-    ) / step
-    return other._replace(array=result)
