@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,10 +31,11 @@ import scipy.optimize
 import lsst.coadd.deepprior
 from lsst.coadd.deepprior.estimate import CACHE_BYTES, CANVAS_MARGIN, STARTS
 from lsst.coadd.deepprior.observation import Observation
+from lsst.coadd.deepprior.observation_file import ObservationFile
 from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.simulate import Scene, SceneConfig
 from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddConfig
-from lsst.coadd.deepprior.warp_streams import cell_layout
+from lsst.coadd.deepprior.warp_streams import WarpHandles, cell_layout
 from lsst.coadd.deepprior.weights import packaged_network
 from lsst.daf.butler import Butler
 
@@ -43,7 +45,7 @@ DESIGN = ((200, 4), (200, 12), (200, 24), (300, 12))
 MEMORY_DESIGN = ((900, 12),)
 """One more patch, for what does not depend on the numbers of steps; these are reduced by `FEW_STEPS`."""
 
-FEW_STEPS = ("base_steps=10", "steps=2", "n_variance_draws=1")
+FEW_STEPS = ("base_steps=10", "steps=2")
 
 LABELS = ("deepPriorCoadd", "measureDeepPriorCoadd", "plotDeepPriorCoadd")
 OUTPUTS = (
@@ -63,6 +65,17 @@ def run(*arguments: str | Path) -> None:
         raise click.ClickException(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
 
 
+def simulate(folder: Path, side: int, n_visits: int) -> Path:
+    """Make a repository with the warps of a patch in a folder."""
+    warps, repo = folder / "warps", folder / "repo"
+    run(
+        *("deepprior", "simulate", warps, "--patches", "1", "--bands", "i", "--visits", str(n_visits)),
+        *("--cells", "2", "2", "--cell-size", str(side // 2)),
+    )
+    run("deepprior", "ingest", repo, *sorted(warps.glob("warp_*.fits")))
+    return repo
+
+
 def measure(
     side: int, n_visits: int, start: str, device: str, *settings: str
 ) -> dict[str, float | int | str]:
@@ -71,12 +84,7 @@ def measure(
     Each task runs in a process of its own, whose largest memory is that of the task.
     """
     with tempfile.TemporaryDirectory() as folder:
-        warps, repo = Path(folder) / "warps", Path(folder) / "repo"
-        run(
-            *("deepprior", "simulate", warps, "--patches", "1", "--bands", "i", "--visits", str(n_visits)),
-            *("--cells", "2", "2", "--cell-size", str(side // 2)),
-        )
-        run("deepprior", "ingest", repo, *sorted(warps.glob("warp_*.fits")))
+        repo = simulate(Path(folder), side, n_visits)
         pipeline = "$COADD_DEEPPRIOR_DIR/pipelines/deepPriorCoadd.yaml"
         config = (f"init={start}", f"device={device}", *settings)
         for number, label in enumerate(LABELS):
@@ -145,6 +153,26 @@ def passes(start: str) -> float:
     return visits.n_asked / config.n_visits
 
 
+def disk_share() -> float:
+    """Return the time to read pixels from ``cache_dir`` over that of reading warps, on one patch."""
+    side, n_visits = MEMORY_DESIGN[0]
+    with tempfile.TemporaryDirectory() as folder:
+        simulate(Path(folder), side, n_visits)
+        planes = DeepPriorCoaddConfig().bad_mask_planes
+        with Butler.from_config(Path(folder) / "repo", collections="deepprior/warps") as butler:
+            warps = WarpHandles([butler.getDeferred(ref) for ref in butler.query_datasets("deep_prior_warp")])
+            warps[0].observation(planes)  # what is imported then
+            started = time.perf_counter()
+            observations = [warp.observation(planes) for warp in warps]
+            seconds = time.perf_counter() - started
+        file = ObservationFile(Path(folder))
+        numbers = [file.append(observation) for observation in observations]
+        started = time.perf_counter()
+        for number in numbers:
+            file[number]
+        return (time.perf_counter() - started) / seconds
+
+
 def fit(rows: list[dict], memory_rows: list[dict]) -> dict[str, float]:
     """Put time and memory down to pixels of the canvas, and to pixels times visits, by least squares."""
 
@@ -178,6 +206,7 @@ def fit(rows: list[dict], memory_rows: list[dict]) -> dict[str, float]:
         "seconds_after_per_pixel": seconds_after[1],
         "seconds_read_per_pixel_and_visit": largest["seconds_input"]
         / (largest["side"] ** 2 * largest["visits"]),
+        "disk_share": disk_share(),
         "passes": passes(rows[0]["start"]),
         "memory_bytes": memory[0],
         "memory_bytes_per_pixel": memory[1],

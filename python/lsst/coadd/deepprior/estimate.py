@@ -39,10 +39,6 @@ CACHE_BYTES = 9
 DEFAULT_CACHE_GIB = 1.5
 """Largest memory that the cache takes unless the config field ``cache_gib`` says more."""
 
-_DISK_TIME = 0.07
-"""Time to read the pixels of a warp from ``cache_dir`` over that of reading the warp: four warps of 3400x3400
-pixels took 0.02 to 0.1."""
-
 _SPARE_MEMORY = 1.25
 """What is asked for over what is estimated; batch systems kill what takes more than it asked for."""
 
@@ -66,6 +62,8 @@ class Costs:
         Time of measurement and figure: fixed, and by pixels of the patch.
     seconds_read_per_pixel_and_visit : `float`
         Time to read a warp, by its pixels.
+    disk_share : `float`
+        Time to read the pixels of a warp from ``cache_dir`` over that of reading the warp.
     passes : `float`
         How often the restoration asks for each warp; those in its cache are not read again.
     memory_bytes, memory_bytes_per_pixel : `float`
@@ -82,6 +80,7 @@ class Costs:
     seconds_after: float
     seconds_after_per_pixel: float
     seconds_read_per_pixel_and_visit: float
+    disk_share: float
     passes: float
     memory_bytes: float
     memory_bytes_per_pixel: float
@@ -195,7 +194,7 @@ def estimate(
     kept = min(CACHE_BYTES * pixels, cache_gib * 2**30)
     read_again = (costs.passes - 1.0) * (1.0 - kept / (CACHE_BYTES * pixels))
     if cache_on_disk:
-        read_again *= _DISK_TIME
+        read_again *= costs.disk_share
     return Estimate(
         seconds=canvas * (costs.seconds_per_pixel + costs.seconds_per_pixel_and_visit * n_visits),
         seconds_read=costs.seconds_read_per_pixel_and_visit * pixels * (1.0 + read_again),

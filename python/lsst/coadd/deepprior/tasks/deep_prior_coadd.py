@@ -317,8 +317,8 @@ class DeepPriorCoaddConfig(
     cache_dir = Field[str](
         doc="Directory on a disk of the node that keeps pixels of warps which do not fit in cache_gib, "
         "9 bytes a pixel, while the quantum runs; it must not be in memory, as /tmp is on some systems. "
-        "Reading them there takes a tenth of the time of reading the warps. Environment variables in it are "
-        "those of the job. Without a directory, or without room there, warps are read again.",
+        "Reading them there takes some per cent of the time of reading the warps. Environment variables in "
+        "it are those of the job. Without a directory, or without room there, warps are read again.",
         default=None,
         optional=True,
     )
