@@ -173,43 +173,61 @@ def disk_share() -> float:
         return (time.perf_counter() - started) / seconds
 
 
-def fit(rows: list[dict], memory_rows: list[dict]) -> dict[str, float]:
-    """Put time and memory down to pixels of the canvas, and to pixels times visits, by least squares."""
+def fit(
+    rows: list[dict], memory_rows: list[dict], without_fit: dict[str, float] | None = None
+) -> dict[str, float]:
+    """Put time and memory down to pixels of the canvas, and to pixels times visits, by least squares.
+
+    Given the constants of a start without a fit of the network, what is above them is put down to the fit.
+    """
 
     def values(name: str, rows: list[dict] = rows) -> np.ndarray:
         return np.array([row[name] for row in rows], dtype=float)
 
-    def positive(terms: list[np.ndarray], target: np.ndarray) -> list[float]:
-        matrix = np.stack(terms, axis=1) / target[:, None]  # relative deviations count
-        return [float(value) for value in scipy.optimize.nnls(matrix, np.ones_like(target))[0]]
+    def positive(terms: list[np.ndarray], target: np.ndarray, scale: np.ndarray) -> list[float]:
+        matrix = np.stack(terms, axis=1) / scale[:, None]  # relative deviations count
+        return [float(value) for value in scipy.optimize.nnls(matrix, target / scale)[0]]
 
     def sizes(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         inner = values("side", rows) ** 2
         return (values("side", rows) + 2 * CANVAS_MARGIN) ** 2, inner, inner * values("visits", rows)
 
     canvas, _, _ = sizes(rows)
-    per_pixel, per_visit = positive([canvas, canvas * values("visits")], values("seconds"))
-    model = canvas * (per_pixel + per_visit * values("visits"))
+    seconds = values("seconds")
     # From 5 visits on memory depends on their number by the cache alone.
     same = [row for row in [*rows, *memory_rows] if row["visits"] == MEMORY_DESIGN[0][1]]
     memory_canvas, memory_inner, memory_visits = sizes(same)
+    peak = values("peak_bytes", same) - CACHE_BYTES * memory_visits
     one = np.ones_like(memory_canvas)
-    memory = positive([one, memory_canvas], values("peak_bytes", same) - CACHE_BYTES * memory_visits)
-    after = positive([one, memory_inner], values("peak_bytes_after", same))
-    seconds_after = positive([one, memory_inner], values("seconds_after", same))
+    terms = [canvas, canvas * values("visits")]
+    if without_fit is None:
+        times, memory = positive(terms, seconds, seconds), positive([one, memory_canvas], peak, peak)
+        fitted, fit_memory = [0.0, 0.0], [0.0]
+    else:
+        times = [without_fit["seconds_per_pixel"], without_fit["seconds_per_pixel_and_visit"]]
+        memory = [without_fit["memory_bytes"], without_fit["memory_bytes_per_pixel"]]
+        fitted = positive(terms, seconds - np.dot(times, terms), seconds)
+        fit_memory = positive([memory_canvas], peak - np.dot(memory, [one, memory_canvas]), peak)
+    model = np.dot(np.add(times, fitted), terms)
+    peak_after, seconds_after = values("peak_bytes_after", same), values("seconds_after", same)
+    after = positive([one, memory_inner], peak_after, peak_after)
+    time_after = positive([one, memory_inner], seconds_after, seconds_after)
     largest = max(same, key=lambda row: row["side"])
     return {
-        "seconds_per_pixel": per_pixel,
-        "seconds_per_pixel_and_visit": per_visit,
-        "largest_relative_deviation": float(np.max(np.abs(model / values("seconds") - 1.0))),
-        "seconds_after": seconds_after[0],
-        "seconds_after_per_pixel": seconds_after[1],
+        "seconds_per_pixel": times[0],
+        "seconds_per_pixel_and_visit": times[1],
+        "seconds_fit_per_pixel": fitted[0],
+        "seconds_fit_per_pixel_and_visit": fitted[1],
+        "largest_relative_deviation": float(np.max(np.abs(model / seconds - 1.0))),
+        "seconds_after": time_after[0],
+        "seconds_after_per_pixel": time_after[1],
         "seconds_read_per_pixel_and_visit": largest["seconds_input"]
         / (largest["side"] ** 2 * largest["visits"]),
         "disk_share": disk_share(),
         "passes": passes(rows[0]["start"]),
         "memory_bytes": memory[0],
         "memory_bytes_per_pixel": memory[1],
+        "memory_fit_bytes_per_pixel": fit_memory[0],
         "memory_after_bytes": after[0],
         "memory_after_bytes_per_pixel": after[1],
         "output_bytes_per_pixel": largest["output_bytes"] / largest["side"] ** 2,
@@ -240,12 +258,14 @@ def main(device: str, output: Path | None) -> None:  # noqa: D103
             row = measure(side, n_visits, start, device, *settings)
             rows.setdefault(f"{name} {start}", []).append(row)
             click.echo(json.dumps(row))
+    pretrained, scratch = ((rows[f"time {start}"], rows[f"memory {start}"]) for start in STARTS)
+    without_fit = fit(*pretrained)
     result = {
         "device": device,
         "processor": processor(device),
         "date": datetime.date.today().isoformat(),
         "version": lsst.coadd.deepprior.__version__,
-        "starts": {start: fit(rows[f"time {start}"], rows[f"memory {start}"]) for start in STARTS},
+        "starts": {"pretrained": without_fit, "scratch": fit(*scratch, without_fit)},
         "measured": rows,
     }
     path = output or Path(__file__).parents[1] / "config/costs" / f"{device}.json"

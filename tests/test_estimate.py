@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from lsst.coadd.deepprior import windows
 from lsst.coadd.deepprior.cli import main
 from lsst.coadd.deepprior.estimate import (
     CACHE_BYTES,
     CANVAS_MARGIN,
     DEFAULT_CACHE_GIB,
+    FIT_SIDE,
+    FITTED_WHOLE,
     STARTS,
     Costs,
     estimate,
@@ -31,7 +34,14 @@ from lsst.coadd.deepprior.warps import Warp
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "config/costs/cpu.json"
-UNIT = Costs(**(dict.fromkeys((field.name for field in dataclasses.fields(Costs)), 1.0) | {"passes": 11.0}))
+NO_FIT = {
+    "seconds_fit_per_pixel": 0.0,
+    "seconds_fit_per_pixel_and_visit": 0.0,
+    "memory_fit_bytes_per_pixel": 0.0,
+}
+UNIT = Costs(
+    **(dict.fromkeys((field.name for field in dataclasses.fields(Costs)), 1.0) | {"passes": 11.0} | NO_FIT)
+)
 
 
 def run(*arguments: str) -> Result:
@@ -71,8 +81,21 @@ def test_a_disk_saves_most_of_the_reading() -> None:
     assert estimate(64, 4, UNIT, 2 * size / 2**30, cache_on_disk=True).disk_bytes == 0.0
 
 
+def test_a_fit_costs_what_its_windows_do() -> None:
+    """Whole patches up to those that are fitted whole; beyond, the same, and the pixels of windows."""
+    costs = dataclasses.replace(
+        UNIT, seconds_fit_per_pixel=5.0, seconds_fit_per_pixel_and_visit=7.0, memory_fit_bytes_per_pixel=9.0
+    )
+    for side, fitted, kept in ((68, 100**2, 0), (3300, 632**2, CACHE_BYTES * 4 * 600**2 * 3)):
+        one, plain = estimate(side, 3, costs), estimate(side, 3, UNIT)
+        assert one.seconds - plain.seconds == fitted * (5 + 7 * 3)
+        assert one.memory_bytes - plain.memory_bytes == 9 * fitted + kept
+
+
 def test_what_the_estimate_knows_of_the_numerics(warps: list[Warp]) -> None:
     assert CANVAS_MARGIN == MARGIN
+    assert windows._halves(FITTED_WHOLE // 128, 128, 1) == [(range(1), FITTED_WHOLE // 128)]
+    assert [number * 150 for _, number in windows._halves(22, 150, 1)] == [FIT_SIDE] * 2
     assert default_cache_bytes(1e15) == DEFAULT_CACHE_GIB * 2**30
     observation = warps[0].observation(["BAD"])
     pixel = sum(a.dtype.itemsize for a in (observation.flux, observation.variance, observation.good))
@@ -107,7 +130,8 @@ def test_constants_follow_from_what_was_measured(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(benchmark, "passes", lambda start: stored["starts"][start]["passes"])
         monkeypatch.setattr(benchmark, "disk_share", lambda one=start: stored["starts"][one]["disk_share"])
         rows = (stored["measured"][f"{name} {start}"] for name in ("time", "memory"))
-        assert benchmark.fit(*rows) == pytest.approx(stored["starts"][start])
+        without_fit = stored["starts"]["pretrained"] if start == "scratch" else None
+        assert benchmark.fit(*rows, without_fit) == pytest.approx(stored["starts"][start])
 
 
 def test_requests_leave_room() -> None:

@@ -31,9 +31,6 @@ _EDGE = 20
 _APART = 48
 """Side in pixels of the squares of a grid that have one of them at most, in their inner half."""
 
-_APART = 48
-"""Side in pixels of the squares of a grid that have one of them at most, in their inner half."""
-
 
 @dataclasses.dataclass(frozen=True)
 class BandSceneConfig:

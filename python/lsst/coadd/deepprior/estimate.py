@@ -39,6 +39,13 @@ CACHE_BYTES = 9
 DEFAULT_CACHE_GIB = 1.5
 """Largest memory that the cache takes unless the config field ``cache_gib`` says more."""
 
+FITTED_WHOLE = 1024
+"""Largest side in pixels of patches that the fit from scratch sees whole, as in
+`lsst.coadd.deepprior.windows`."""
+
+FIT_SIDE = 600
+"""Side in pixels of each of the four windows of larger patches if their cells have 150 pixels, Rubin's."""
+
 _SPARE_MEMORY = 1.25
 """What is asked for over what is estimated; batch systems kill what takes more than it asked for."""
 
@@ -55,7 +62,9 @@ class Costs:
     Parameters
     ----------
     seconds_per_pixel, seconds_per_pixel_and_visit : `float`
-        Time of the restoration, by pixels of the canvas.
+        Time of the restoration without a fit, by pixels of the canvas.
+    seconds_fit_per_pixel, seconds_fit_per_pixel_and_visit, memory_fit_bytes_per_pixel : `float`
+        What a fit from scratch takes more, by those of the pixels that it sees.
     largest_relative_deviation : `float`
         Of the time of a measured patch from what the two give.
     seconds_after, seconds_after_per_pixel : `float`
@@ -76,6 +85,9 @@ class Costs:
 
     seconds_per_pixel: float
     seconds_per_pixel_and_visit: float
+    seconds_fit_per_pixel: float
+    seconds_fit_per_pixel_and_visit: float
+    memory_fit_bytes_per_pixel: float
     largest_relative_deviation: float
     seconds_after: float
     seconds_after_per_pixel: float
@@ -195,11 +207,18 @@ def estimate(
     read_again = (costs.passes - 1.0) * (1.0 - kept / (CACHE_BYTES * pixels))
     if cache_on_disk:
         read_again *= costs.disk_share
+    whole = patch_size <= FITTED_WHOLE
+    fitted = canvas if whole else (FIT_SIDE + 2 * CANVAS_MARGIN) ** 2
+    fit_bytes = costs.memory_fit_bytes_per_pixel * fitted
+    if fit_bytes and not whole:
+        # The pixels of the windows are kept beside those of the cache.
+        fit_bytes += CACHE_BYTES * 4 * FIT_SIDE**2 * n_visits
     return Estimate(
-        seconds=canvas * (costs.seconds_per_pixel + costs.seconds_per_pixel_and_visit * n_visits),
+        seconds=canvas * (costs.seconds_per_pixel + costs.seconds_per_pixel_and_visit * n_visits)
+        + fitted * (costs.seconds_fit_per_pixel + costs.seconds_fit_per_pixel_and_visit * n_visits),
         seconds_read=costs.seconds_read_per_pixel_and_visit * pixels * (1.0 + read_again),
         seconds_after=costs.seconds_after + costs.seconds_after_per_pixel * inner,
-        memory_bytes=costs.memory_bytes + costs.memory_bytes_per_pixel * canvas + kept,
+        memory_bytes=costs.memory_bytes + costs.memory_bytes_per_pixel * canvas + fit_bytes + kept,
         memory_after_bytes=costs.memory_after_bytes + costs.memory_after_bytes_per_pixel * inner,
         warp_bytes=costs.warp_bytes_per_pixel * pixels,
         output_bytes=costs.output_bytes_per_pixel * inner,

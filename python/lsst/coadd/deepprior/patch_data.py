@@ -41,6 +41,24 @@ def _scale(variance: torch.Tensor, prediction: torch.Tensor, error: float) -> to
     return torch.mul(prediction, error).square_().add_(variance).sqrt_()
 
 
+def _cut(observation: Observation, layout: CellLayout, rows: slice, columns: slice) -> Observation:
+    """Return what a visit has in some rows and columns of cells, without its image of noise."""
+    ys = slice(rows.start * layout.height, rows.stop * layout.height)
+    xs = slice(columns.start * layout.width, columns.stop * layout.width)
+    (y0, x0), (ny, nx) = observation.origin, observation.flux.shape
+    y, x = max(y0, ys.start), max(x0, xs.start)
+    here = slice(y - y0, min(y0 + ny, ys.stop) - y0), slice(x - x0, min(x0 + nx, xs.stop) - x0)
+    return dataclasses.replace(
+        observation,
+        flux=observation.flux[here].copy(),
+        variance=observation.variance[here].copy(),
+        good=observation.good[here].copy(),
+        psf=observation.psf[rows, columns].copy(),
+        origin=(y - ys.start, x - xs.start),
+        noise=None,
+    )
+
+
 class PatchData:
     """The visits of a patch on their canvas, read one at a time.
 
@@ -144,6 +162,42 @@ class PatchData:
         other = copy.copy(self)
         other._statistics, other._median = statistics, median
         return other
+
+    def parts(self, blocks: Sequence[tuple[slice, slice]]) -> list[PatchData]:
+        """Read the visits once, and make patches of their own of blocks of cells.
+
+        Parameters
+        ----------
+        blocks : `~collections.abc.Sequence` [`tuple` [`slice`, `slice`]]
+            Rows and columns of the cells of each.
+
+        Returns
+        -------
+        parts : `list` [`PatchData`]
+            Those of the blocks that have a good pixel; the visits in them stay in memory.
+        """
+        inside: list[list[Observation]] = [[] for _ in blocks]
+        for index in np.flatnonzero(self.weight.any(axis=(1, 2))).tolist():
+            observation = self._observations[index]
+            for block, visits in zip(blocks, inside, strict=True):
+                if self.weight[index][block].any():
+                    visits.append(_cut(observation, self.layout, *block))
+        return [
+            PatchData(
+                visits,
+                dataclasses.replace(
+                    self.layout, n_i=rows.stop - rows.start, n_j=columns.stop - columns.start
+                ),
+                self.sigma,
+                margin=self.margin,
+                huber_delta=self.huber_delta,
+                psf_error=self.psf_error,
+                device=self.device,
+                dtype=self.dtype,
+            )
+            for (rows, columns), visits in zip(blocks, inside, strict=True)
+            if visits
+        ]
 
     @property
     def n_groups(self) -> int:

@@ -22,6 +22,7 @@ from .groups import deal_splits
 from .network import Trunk
 from .parallel import operations_in_parallel
 from .patch_data import PatchData
+from .windows import fit_windows
 
 if TYPE_CHECKING:
     from .fit_checkpoint import FitCheckpoint
@@ -38,7 +39,7 @@ def fit_scratch(
     checkpoint: FitCheckpoint | None = None,
     batches: Batches | None = None,
 ) -> tuple[Trunk, list[tuple[int, float]]]:
-    """Fit a network with a random start to the splits of a patch.
+    """Fit a network with a random start to the splits of a patch, or of windows of a large one.
 
     Parameters
     ----------
@@ -69,8 +70,13 @@ def fit_scratch(
     """
     stored = checkpoint.load() if checkpoint is not None else None
     generator = torch.Generator().manual_seed(settings.seed)
-    encoder, loss = deal_splits(data.n_groups, settings.n_splits, generator)
-    split_loss = SplitLoss(data, encoder, loss, settings.base_steps, batches)
+    parts = fit_windows(data, settings.seed)
+    n_splits = max(1, settings.n_splits // len(parts))
+    losses = [
+        SplitLoss(part, *deal_splits(part.n_groups, n_splits, generator), settings.base_steps, batches)
+        for part in parts
+    ]
+    examples = [(loss, split) for loss in losses for split in range(len(loss))]
     net = make_trunk(settings.seed, data.device, data.dtype)
     average = WeightAverage(net, _AVERAGING)
     optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
@@ -80,7 +86,7 @@ def fit_scratch(
     first = 0
 
     def refresh(step: int) -> None:
-        held_out = split_loss.refresh(net)
+        held_out = sum(loss.refresh(net) for loss in losses) / len(losses)
         linearised.update({f"linearised.{name}": p.detach().clone() for name, p in net.named_parameters()})
         curve.append((step, held_out))
         if not math.isfinite(held_out):
@@ -102,7 +108,8 @@ def fit_scratch(
         # The statistics are those of the weights at which they were linearised.
         linearised.update({name: t for name, t in stored.items() if name.startswith("linearised.")})
         net.load_state_dict({name.removeprefix("linearised."): t for name, t in linearised.items()})
-        split_loss.refresh(net)
+        for loss in losses:
+            loss.refresh(net)
         load_weights_state(stored, net, average, optimizer, first)
         generator.set_state(stored["generator"])
         order = stored["order"].tolist()
@@ -113,10 +120,11 @@ def fit_scratch(
             if step % settings.refresh_every == 0:
                 refresh(step)
             if not order:
-                order = torch.randperm(len(split_loss), generator=generator).tolist()
+                order = torch.randperm(len(examples), generator=generator).tolist()
             optimizer.param_groups[0]["lr"] = settings.learning_rate * one_cycle(step, settings.steps)
             optimizer.zero_grad(set_to_none=True)
-            split_loss.backward(net, order.pop(), int(torch.randint(N_TURNS, (1,), generator=generator)))
+            loss, split = examples[order.pop()]
+            loss.backward(net, split, int(torch.randint(N_TURNS, (1,), generator=generator)))
             optimizer.step()
             average.update(net, step)
             if checkpoint is not None:

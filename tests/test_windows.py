@@ -1,0 +1,146 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+"""Parts of a patch that a network is fitted on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from toy import observe
+
+from lsst.coadd.deepprior import windows
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
+from lsst.coadd.deepprior.observation import Observation
+from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.patch_data import PatchData
+from lsst.coadd.deepprior.scratch import fit_scratch
+from lsst.coadd.deepprior.windows import fit_windows
+
+LAYOUT = CellLayout(4, 6, 20, 14)
+SIGMA, MARGIN = 0.9, 5
+STARS = [(20.2, 15.7, 900.0), (66.0, 60.4, 600.0)]
+
+
+def visits_of(layout: CellLayout = LAYOUT) -> list[Observation]:
+    """Four visits with masks; one begins and ends inside of cells and has no PSF in two."""
+    visits = observe(layout, STARS, [1.6, 1.8, 2.0, 1.7], masked_fraction=0.1, seed=4, stamp=21)
+    part = visits[3]
+    part.psf[2, 1:3] = np.nan
+    visits[3] = dataclasses.replace(
+        part,
+        flux=part.flux[25:70, 9:71],
+        variance=2.0 * part.variance[25:70, 9:71],
+        good=part.good[25:70, 9:71],
+        noise=part.flux[25:70, 9:71],
+        origin=(25, 9),
+    )
+    return visits
+
+
+@pytest.fixture
+def data() -> PatchData:
+    return PatchData(visits_of(), LAYOUT, SIGMA, margin=MARGIN, dtype=torch.float64)
+
+
+def test_parts_have_the_pixels_weights_and_psfs_of_the_patch(data: PatchData) -> None:
+    """Far from the border of a part, its matched image is that of the patch."""
+    block = (slice(1, 4), slice(1, 5))
+    (part,) = data.parts([block])
+    assert part.layout == CellLayout(3, 4, 20, 14)
+    assert part.sigma == data.sigma
+    np.testing.assert_array_equal(part.weight, data.weight[:, *block])
+    np.testing.assert_array_equal(part.good_fraction, data.good_fraction[:, *block])
+    models = [torch.zeros(1, *one.shape, dtype=one.dtype) for one in (data, part)]
+    whole, own = (one.linearise(one.sets(), model) for one, model in zip((data, part), models, strict=True))
+    ys, xs = slice(20, 20 + part.shape[0]), slice(14, 14 + part.shape[1])
+    inner = (slice(MARGIN, -MARGIN), slice(MARGIN, -MARGIN))
+    torch.testing.assert_close(own.coadd[0][inner], whole.coadd[0][ys, xs][inner])
+    deep = (slice(25, -25), slice(25, -25))
+    assert own.matched[0][deep].abs().max() > 0.0
+    torch.testing.assert_close(own.matched[0][deep], whole.matched[0][ys, xs][deep])
+
+
+def test_parts_without_a_good_pixel_and_visits_that_miss_them_are_left_out(data: PatchData) -> None:
+    corner = data.parts([(slice(0, 1), slice(0, 6)), (slice(2, 3), slice(1, 3))])
+    assert [len(part) for part in corner] == [3, 3]
+    blind = [dataclasses.replace(visit, good=visit.good.copy()) for visit in visits_of()[:3]]
+    for visit in blind:
+        visit.good[:40, :28] = False
+    parts = PatchData(blind, LAYOUT, SIGMA, margin=MARGIN).parts(
+        [(slice(0, 2), slice(0, 2)), (slice(2, 4), slice(0, 2))]
+    )
+    assert len(parts) == 1
+    assert parts[0].layout == CellLayout(2, 2, 20, 14)
+
+
+def test_parts_need_the_visits_no_more(data: PatchData) -> None:
+    observations = data._observations
+    (part,) = data.parts([(slice(0, 2), slice(2, 5))])
+    whole = [part.linearise(part.sets(), torch.zeros(1, *part.shape, dtype=part.dtype)).matched]
+    for visit in observations:
+        visit.flux[...] = np.nan
+        visit.good[...] = False
+    whole.append(part.linearise(part.sets(), torch.zeros(1, *part.shape, dtype=part.dtype)).matched)
+    assert torch.equal(*whole)
+
+
+def test_small_patches_are_fitted_whole(data: PatchData) -> None:
+    assert fit_windows(data, 1) == [data]
+
+
+def test_large_patches_have_a_window_in_each_quarter(
+    data: PatchData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80x84 pixels are more than twice 35 along both axes; windows of 2x3 cells are 40x42 of them."""
+    monkeypatch.setattr(windows, "WINDOW", 35)
+    assert [part.layout for part in fit_windows(data, 1)] == [CellLayout(2, 3, 20, 14)] * 4
+    monkeypatch.setattr(windows, "WINDOW", 41)
+    assert [part.layout for part in fit_windows(data, 1)] == [CellLayout(4, 3, 20, 14)] * 2
+    monkeypatch.setattr(windows, "WINDOW", 17)
+    parts = fit_windows(data, 1)
+    assert [part.layout for part in parts] == [CellLayout(1, 2, 20, 14)] * 4
+
+
+def test_windows_are_where_most_visits_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "WINDOW", 14)
+    visits = visits_of()[:3]
+    for visit in visits[1:]:
+        visit.good[:20, 14:] = False
+    data = PatchData(visits, LAYOUT, SIGMA, margin=MARGIN)
+    for seed in range(5):
+        counts = [len(part) for part in fit_windows(data, seed)]
+        assert counts == [3, 3, 3, 3]
+    places = {tuple(np.nansum(p._observations[0].flux) for p in fit_windows(data, s)) for s in range(5)}
+    assert len(places) > 1
+    again = [tuple(np.nansum(p._observations[0].flux) for p in fit_windows(data, 3)) for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_without_two_groups_in_any_window_the_patch_is_fitted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two visits that share no cell."""
+    monkeypatch.setattr(windows, "WINDOW", 14)
+    visits = visits_of()[:2]
+    visits[0].good[:, :42] = False
+    visits[1].good[:, 42:] = False
+    data = PatchData(visits, LAYOUT, SIGMA, margin=MARGIN)
+    assert fit_windows(data, 1) == [data]
+
+
+def test_fit_of_windows_lowers_the_objective_that_it_does_not_read(
+    data: PatchData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "WINDOW", 35)
+    settings = RestoreSettings(base_steps=20, steps=40, refresh_every=10, n_splits=8)
+    reported: list[int] = []
+    net, curve = fit_scratch(data, settings, lambda phase, step, n_steps, loss: reported.append(step))
+    assert curve[-1][1] < curve[0][1]
+    assert reported == [0, 10, 20, 30, 40]
+    again, _ = fit_scratch(data, settings)
+    for one, other in zip(net.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
