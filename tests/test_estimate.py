@@ -140,7 +140,7 @@ def test_requests_leave_room() -> None:
     requests = job_requests(3400, 20, costs)
     assert requests.keys() == {"deepPriorCoadd", "measureDeepPriorCoadd", "plotDeepPriorCoadd"}
     memory = requests["deepPriorCoadd"]["requestMemory"] * 2**20
-    assert 1.25 * one.memory_bytes <= memory < 1.25 * one.memory_bytes + 2**29
+    assert 2 * one.memory_bytes <= memory < 2 * one.memory_bytes + 2**29
     minutes = requests["deepPriorCoadd"]["requestWalltime"]
     assert 2 * (one.seconds + one.seconds_read) <= 60 * minutes
 
