@@ -43,7 +43,7 @@ def truth(data: PatchData) -> torch.Tensor:
 
 
 def really(data: PatchData, truth: torch.Tensor, seed: int) -> PatchData:
-    return data.with_observations(NoisyModel(data._observations, data, truth, seed, WHITE))
+    return data.with_observations(NoisyModel(data.observations, data, truth, seed, WHITE))
 
 
 def test_the_noise_is_that_of_the_visits(data: PatchData, truth: torch.Tensor) -> None:

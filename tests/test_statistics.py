@@ -97,7 +97,7 @@ def test_gradient_at_the_linearisation_is_that_of_the_visits(
 ) -> None:
     """With masks, clipping, PSFs that vary, edges, and groups of one and of several visits."""
     made = request.getfixturevalue(fixture)
-    data = PatchData(made._observations, LAYOUT, SIGMA, margin=5, dtype=dtype)
+    data = PatchData(made.observations, LAYOUT, SIGMA, margin=5, dtype=dtype)
     members = some_members(data)
     models = torch.stack([some_model(data, 1), some_model(data, 2)])
     statistics = data.linearise(data.sets(members), models)
@@ -298,7 +298,7 @@ def test_sets_know_their_own_visits_only(data: PatchData) -> None:
     members = some_members(data)
     models = torch.stack([some_model(data, 1), some_model(data, 2)])
     before = data.linearise(data.sets(members), models)
-    observations = list(data._observations)
+    observations = list(data.observations)
     spoiled = observations[1].flux + 1e3
     other = data.with_observations(
         [observations[0], dataclasses.replace(observations[1], flux=spoiled), *observations[2:]]
@@ -317,7 +317,7 @@ def test_sets_of_a_wrong_number_of_groups_are_refused(data: PatchData) -> None:
     with pytest.raises(ValueError, match="made of 4 groups, but the visits have 5"):
         data.sets(torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="4 visits cannot stand in for 5"):
-        data.with_observations(data._observations[:4])
+        data.with_observations(data.observations[:4])
 
 
 class OnDemand(Sequence[Observation]):

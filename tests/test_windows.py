@@ -8,19 +8,23 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from toy import observe
 
-from lsst.coadd.deepprior import windows
+from lsst.coadd.deepprior import scratch, windows
+from lsst.coadd.deepprior.fit_checkpoint import FitCheckpoint
 from lsst.coadd.deepprior.fitted_patch import RestoreSettings
+from lsst.coadd.deepprior.groups import deal_splits
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.scratch import fit_scratch
-from lsst.coadd.deepprior.windows import fit_windows
+from lsst.coadd.deepprior.windows import cut_out, fit_windows
 
 LAYOUT = CellLayout(4, 6, 20, 14)
 SIGMA, MARGIN = 0.9, 5
@@ -43,6 +47,18 @@ def visits_of(layout: CellLayout = LAYOUT) -> list[Observation]:
     return visits
 
 
+def record_splits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that the numbers of splits that are asked for are added to."""
+    asked: list[int] = []
+
+    def deal(n_groups: int, n_splits: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(n_splits)
+        return deal_splits(n_groups, n_splits, generator)
+
+    monkeypatch.setattr(scratch, "deal_splits", deal)
+    return asked
+
+
 @pytest.fixture
 def data() -> PatchData:
     return PatchData(visits_of(), LAYOUT, SIGMA, margin=MARGIN, dtype=torch.float64)
@@ -51,7 +67,7 @@ def data() -> PatchData:
 def test_parts_have_the_pixels_weights_and_psfs_of_the_patch(data: PatchData) -> None:
     """Far from the border of a part, its matched image is that of the patch."""
     block = (slice(1, 4), slice(1, 5))
-    (part,) = data.parts([block])
+    (part,) = cut_out(data, [block])
     assert part.layout == CellLayout(3, 4, 20, 14)
     assert part.sigma == data.sigma
     np.testing.assert_array_equal(part.weight, data.weight[:, *block])
@@ -67,21 +83,22 @@ def test_parts_have_the_pixels_weights_and_psfs_of_the_patch(data: PatchData) ->
 
 
 def test_parts_without_a_good_pixel_and_visits_that_miss_them_are_left_out(data: PatchData) -> None:
-    corner = data.parts([(slice(0, 1), slice(0, 6)), (slice(2, 3), slice(1, 3))])
+    corner = cut_out(data, [(slice(0, 1), slice(0, 6)), (slice(2, 3), slice(1, 3))])
     assert [len(part) for part in corner] == [3, 3]
     blind = [dataclasses.replace(visit, good=visit.good.copy()) for visit in visits_of()[:3]]
     for visit in blind:
         visit.good[:40, :28] = False
-    parts = PatchData(blind, LAYOUT, SIGMA, margin=MARGIN).parts(
-        [(slice(0, 2), slice(0, 2)), (slice(2, 4), slice(0, 2))]
+    parts = cut_out(
+        PatchData(blind, LAYOUT, SIGMA, margin=MARGIN),
+        [(slice(0, 2), slice(0, 2)), (slice(2, 4), slice(0, 2))],
     )
     assert len(parts) == 1
     assert parts[0].layout == CellLayout(2, 2, 20, 14)
 
 
 def test_parts_need_the_visits_no_more(data: PatchData) -> None:
-    observations = data._observations
-    (part,) = data.parts([(slice(0, 2), slice(2, 5))])
+    observations = data.observations
+    (part,) = cut_out(data, [(slice(0, 2), slice(2, 5))])
     whole = [part.linearise(part.sets(), torch.zeros(1, *part.shape, dtype=part.dtype)).matched]
     for visit in observations:
         visit.flux[...] = np.nan
@@ -116,9 +133,9 @@ def test_windows_are_where_most_visits_are(monkeypatch: pytest.MonkeyPatch) -> N
     for seed in range(5):
         counts = [len(part) for part in fit_windows(data, seed)]
         assert counts == [3, 3, 3, 3]
-    places = {tuple(np.nansum(p._observations[0].flux) for p in fit_windows(data, s)) for s in range(5)}
+    places = {tuple(np.nansum(p.observations[0].flux) for p in fit_windows(data, s)) for s in range(5)}
     assert len(places) > 1
-    again = [tuple(np.nansum(p._observations[0].flux) for p in fit_windows(data, 3)) for _ in range(2)]
+    again = [tuple(np.nansum(p.observations[0].flux) for p in fit_windows(data, 3)) for _ in range(2)]
     assert again[0] == again[1]
 
 
@@ -138,9 +155,36 @@ def test_fit_of_windows_lowers_the_objective_that_it_does_not_read(
     monkeypatch.setattr(windows, "WINDOW", 35)
     settings = RestoreSettings(base_steps=20, steps=40, refresh_every=10, n_splits=8)
     reported: list[int] = []
+    splits = record_splits(monkeypatch)
     net, curve = fit_scratch(data, settings, lambda phase, step, n_steps, loss: reported.append(step))
+    assert splits == [2, 2, 2, 2]
     assert curve[-1][1] < curve[0][1]
     assert reported == [0, 10, 20, 30, 40]
     again, _ = fit_scratch(data, settings)
     for one, other in zip(net.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_fit_of_windows_that_was_interrupted_goes_on(
+    data: PatchData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It ends with the weights of one that was not."""
+    monkeypatch.setattr(windows, "WINDOW", 35)
+    settings = RestoreSettings(base_steps=20, steps=20, refresh_every=5, n_splits=8)
+    whole, _ = fit_scratch(data, settings)
+
+    def stop(phase: str, step: int, n_steps: int, loss: float) -> None:
+        if step == 10:
+            raise KeyboardInterrupt
+
+    def checkpoint() -> FitCheckpoint:
+        return FitCheckpoint(tmp_path / "fit", 4, {}, logging.getLogger("fit"))
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_scratch(data, settings, stop, checkpoint())
+    state = checkpoint().load()
+    assert state is not None
+    assert int(state["step"]) == 8
+    net, _ = fit_scratch(data, settings, None, checkpoint())
+    for one, other in zip(net.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other)

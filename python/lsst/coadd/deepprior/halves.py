@@ -98,13 +98,4 @@ def in_halves(
     halves : `~lsst.coadd.deepprior.patch_data.PatchData`
         The patch with the same canvas and target PSF.
     """
-    return PatchData(
-        NoiseHalves(observations, visit_correlations(data, latent, observations), seed),
-        data.layout,
-        data.sigma,
-        margin=data.margin,
-        huber_delta=data.huber_delta,
-        psf_error=data.psf_error,
-        device=data.device,
-        dtype=data.dtype,
-    )
+    return data.anew(NoiseHalves(observations, visit_correlations(data, latent, observations), seed))

@@ -41,24 +41,6 @@ def _scale(variance: torch.Tensor, prediction: torch.Tensor, error: float) -> to
     return torch.mul(prediction, error).square_().add_(variance).sqrt_()
 
 
-def _cut(observation: Observation, layout: CellLayout, rows: slice, columns: slice) -> Observation:
-    """Return what a visit has in some rows and columns of cells, without its image of noise."""
-    ys = slice(rows.start * layout.height, rows.stop * layout.height)
-    xs = slice(columns.start * layout.width, columns.stop * layout.width)
-    (y0, x0), (ny, nx) = observation.origin, observation.flux.shape
-    y, x = max(y0, ys.start), max(x0, xs.start)
-    here = slice(y - y0, min(y0 + ny, ys.stop) - y0), slice(x - x0, min(x0 + nx, xs.stop) - x0)
-    return dataclasses.replace(
-        observation,
-        flux=observation.flux[here].copy(),
-        variance=observation.variance[here].copy(),
-        good=observation.good[here].copy(),
-        psf=observation.psf[rows, columns].copy(),
-        origin=(y - ys.start, x - xs.start),
-        noise=None,
-    )
-
-
 class PatchData:
     """The visits of a patch on their canvas, read one at a time.
 
@@ -107,7 +89,8 @@ class PatchData:
         self.device = torch.device(device)
         self.dtype = dtype
         self.shape = layout.canvas_shape(margin)
-        self._observations = observations
+        self.observations = observations
+        """The visits, indexed one at a time."""
         self._kept_kernels: dict[int, torch.Tensor] = {}
         self._kept_operators: dict[int, CellConvolution] = {}
         self._noise_of_gradient: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -139,14 +122,14 @@ class PatchData:
         self._group_gram = self._sum_gram()
 
     def __len__(self) -> int:
-        return len(self._observations)
+        return len(self.observations)
 
     def with_observations(self, observations: Sequence[Observation]) -> PatchData:
         """Return the same patch with other pixel values; masks, variances and PSFs must be the same."""
         if len(observations) != len(self):
             raise ValueError(f"{len(observations)} visits cannot stand in for {len(self)}.")
         other = copy.copy(self)
-        other._observations = observations
+        other.observations = observations
         return other
 
     def with_statistics(self, statistics: SetStatistics, median: torch.Tensor) -> PatchData:
@@ -163,41 +146,18 @@ class PatchData:
         other._statistics, other._median = statistics, median
         return other
 
-    def parts(self, blocks: Sequence[tuple[slice, slice]]) -> list[PatchData]:
-        """Read the visits once, and make patches of their own of blocks of cells.
-
-        Parameters
-        ----------
-        blocks : `~collections.abc.Sequence` [`tuple` [`slice`, `slice`]]
-            Rows and columns of the cells of each.
-
-        Returns
-        -------
-        parts : `list` [`PatchData`]
-            Those of the blocks that have a good pixel; the visits in them stay in memory.
-        """
-        inside: list[list[Observation]] = [[] for _ in blocks]
-        for index in np.flatnonzero(self.weight.any(axis=(1, 2))).tolist():
-            observation = self._observations[index]
-            for block, visits in zip(blocks, inside, strict=True):
-                if self.weight[index][block].any():
-                    visits.append(_cut(observation, self.layout, *block))
-        return [
-            PatchData(
-                visits,
-                dataclasses.replace(
-                    self.layout, n_i=rows.stop - rows.start, n_j=columns.stop - columns.start
-                ),
-                self.sigma,
-                margin=self.margin,
-                huber_delta=self.huber_delta,
-                psf_error=self.psf_error,
-                device=self.device,
-                dtype=self.dtype,
-            )
-            for (rows, columns), visits in zip(blocks, inside, strict=True)
-            if visits
-        ]
+    def anew(self, observations: Sequence[Observation], layout: CellLayout | None = None) -> PatchData:
+        """Return a patch of other visits, of other cells if they are given, with the same settings."""
+        return PatchData(
+            observations,
+            self.layout if layout is None else layout,
+            self.sigma,
+            margin=self.margin,
+            huber_delta=self.huber_delta,
+            psf_error=self.psf_error,
+            device=self.device,
+            dtype=self.dtype,
+        )
 
     @property
     def n_groups(self) -> int:
@@ -213,7 +173,7 @@ class PatchData:
                 f"({layout.n_i}, {layout.n_j})."
             )
         if observation.sampling != self.sampling:
-            raise ValueError(f"{observation.name} has not the same pixels as {self._observations[0].name}.")
+            raise ValueError(f"{observation.name} has not the same pixels as {self.observations[0].name}.")
         y0, x0 = observation.origin
         ny, nx = observation.flux.shape
         if y0 < 0 or x0 < 0 or y0 + ny > layout.shape[0] or x0 + nx > layout.shape[1]:
@@ -237,7 +197,7 @@ class PatchData:
         """Make the data kernels; a cell without a PSF, of weight 0, borrows that of the nearest cell."""
         if index in self._kept_kernels:
             return self._kept_kernels[index]
-        observation = self._observations[index] if observation is None else observation
+        observation = self.observations[index] if observation is None else observation
         filled, has_psf = observation.psf.copy(), observation.has_psf
         have = np.argwhere(has_psf)
         for i, j in np.argwhere(~has_psf):
@@ -286,7 +246,7 @@ class PatchData:
 
     def visit(self, index: int) -> VisitTensors:
         """Read one visit."""
-        return self._tensors(index, self._observations[index])
+        return self._tensors(index, self.observations[index])
 
     def _tensors(self, index: int, observation: Observation) -> VisitTensors:
         """Put a visit on the canvas."""
@@ -319,7 +279,7 @@ class PatchData:
     def read(self, indices: Sequence[int]) -> Iterator[tuple[int, Observation, VisitTensors]]:
         """Iterate over some visits, one in memory at a time."""
         for index in indices:
-            observation = self._observations[index]
+            observation = self.observations[index]
             yield index, observation, self._tensors(index, observation)
 
     def scale(

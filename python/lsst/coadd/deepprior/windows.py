@@ -12,18 +12,21 @@ and the fit sees a window in each.
 
 from __future__ import annotations
 
-__all__ = ("WINDOW", "fit_windows")
+__all__ = ("WINDOW", "cut_out", "fit_windows")
 
+import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
+from .observation import Observation
+from .operators import CellLayout
 from .patch_data import PatchData
 
 WINDOW = 512
-"""Least side of a window in pixels; patches are fitted whole up to twice of it. On two scenes that the
-benchmark does not report, windows of half the side cost 0.4 dB of PSNR, against these on 1050x1200 pixels and
-against the whole on 600x600, in two fifths and less than a third of the time."""
+"""Least side of a window in pixels; patches are fitted whole up to twice of it. ``benchmarks/windows.py``
+compares it with half of it and with the whole."""
 
 
 def fit_windows(data: PatchData, seed: int) -> list[PatchData]:
@@ -53,7 +56,7 @@ def fit_windows(data: PatchData, seed: int) -> list[PatchData]:
     blocks = [_fullest(n_visits, rows, columns, rng) for rows, columns in quarters]
     if len(blocks) == 1:
         return [data]
-    return [part for part in data.parts(blocks) if part.n_groups > 1] or [data]
+    return [part for part in cut_out(data, blocks) if part.n_groups > 1] or [data]
 
 
 def _halves(n_cells: int, size: int, sampling: int) -> list[tuple[range, int]]:
@@ -78,3 +81,49 @@ def _fullest(
     ]
     seen = np.array([n_visits[place].sum() for place in places])
     return places[int(rng.choice(np.flatnonzero(seen == seen.max())))]
+
+
+def cut_out(data: PatchData, blocks: Sequence[tuple[slice, slice]]) -> list[PatchData]:
+    """Read the visits of a patch once, and make patches of their own of blocks of its cells.
+
+    Parameters
+    ----------
+    data : `~lsst.coadd.deepprior.patch_data.PatchData`
+        The patch.
+    blocks : `~collections.abc.Sequence` [`tuple` [`slice`, `slice`]]
+        Rows and columns of the cells of each.
+
+    Returns
+    -------
+    parts : `list` [`~lsst.coadd.deepprior.patch_data.PatchData`]
+        Those of the blocks that have a good pixel; the visits in them stay in memory.
+    """
+    inside: list[list[Observation]] = [[] for _ in blocks]
+    for index in np.flatnonzero(data.weight.any(axis=(1, 2))).tolist():
+        observation = data.observations[index]
+        for block, visits in zip(blocks, inside, strict=True):
+            if data.weight[index][block].any():
+                visits.append(_cut(observation, data.layout, *block))
+    layouts = [
+        dataclasses.replace(data.layout, n_i=rows.stop - rows.start, n_j=columns.stop - columns.start)
+        for rows, columns in blocks
+    ]
+    return [data.anew(visits, layout) for visits, layout in zip(inside, layouts, strict=True) if visits]
+
+
+def _cut(observation: Observation, layout: CellLayout, rows: slice, columns: slice) -> Observation:
+    """Return what a visit has in some rows and columns of cells, without its image of noise."""
+    ys = slice(rows.start * layout.height, rows.stop * layout.height)
+    xs = slice(columns.start * layout.width, columns.stop * layout.width)
+    (y0, x0), (ny, nx) = observation.origin, observation.flux.shape
+    y, x = max(y0, ys.start), max(x0, xs.start)
+    here = slice(y - y0, min(y0 + ny, ys.stop) - y0), slice(x - x0, min(x0 + nx, xs.stop) - x0)
+    return dataclasses.replace(
+        observation,
+        flux=observation.flux[here].copy(),
+        variance=observation.variance[here].copy(),
+        good=observation.good[here].copy(),
+        psf=observation.psf[rows, columns].copy(),
+        origin=(y - ys.start, x - xs.start),
+        noise=None,
+    )
