@@ -34,8 +34,8 @@ DESIGN = (
     *(((4, 4), 400, side) for side in (None, 256, WHOLE)),
     *(((7, 8), 401, side) for side in (None, 256, 512, WHOLE)),
 )
-"""Cells of 150 pixels, seed of the scene, and least side of windows in pixels; `None` is the pretrained start,
-for comparison."""
+"""Cells of 150 pixels, seed of the scene, and least side of windows in pixels; `None` is the pretrained
+start, for comparison."""
 
 SCORES = (("psnr", "PSNR (dB)", 2), ("ssim", "SSIM", 3), ("completeness", "completeness at 95 % purity", 3))
 
