@@ -22,8 +22,9 @@ import scipy.sparse.linalg
 
 from .psf import carry_kernel, convolve_full, fwhm, shift_stamp
 
-_BAND_PIXELS = 2**18
-"""Pixels of the patch whose design matrix is in memory at a time."""
+_NEGLIGIBLE = 1e-7
+"""Correlation of two templates below which they have nothing in common: what is left of a star of S/N 5000,
+as bright as one can be without saturation, is less than a thousandth of the error of another source then."""
 
 
 class Stamp(NamedTuple):
@@ -205,21 +206,7 @@ class Coadd:
         products : `scipy.sparse.csr_array`, (template, template)
             The covariance in nJy^-2, with C of the variance and the correlation of the coadd.
         """
-        factor = self.weight * np.sqrt(self.variance)
-        half = self.noise_correlation.shape[0] // 2
-        scaled = [t._replace(array=t.array * factor[t.slices]) for t in templates]
-        if half == 0:
-            return _products(scaled, scaled, np.ones(self.shape))
-        smooth = [
-            Stamp(
-                t.y0 - half,
-                t.x0 - half,
-                convolve_full(t.array, self.noise_correlation),
-            ).cropped(self.shape)
-            for t in scaled
-        ]
-        products = _products(scaled, smooth, np.ones(self.shape))
-        return (0.5 * (products + products.T)).tocsr()
+        return _products(templates, self.weight * np.sqrt(self.variance), self.noise_correlation)
 
     def cell(self, y: float, x: float) -> tuple[int, int]:
         """Return the cell that holds a position in array coordinates."""
@@ -305,9 +292,9 @@ class JointFit:
     def correlation(self) -> scipy.sparse.csr_array:
         """Return the correlations of the templates off the diagonal."""
         scale = scipy.sparse.diags_array(1.0 / np.sqrt(self.normal.diagonal()))
-        result = (scale @ self.normal @ scale).tolil()
+        result = (scale @ self.normal @ scale).tocsr()
         result.setdiag(0.0)
-        return result.tocsr()
+        return result
 
     def solution(self) -> np.ndarray:
         """Return the parameters that fit best."""
@@ -354,49 +341,64 @@ def normal_equations(templates: Sequence[Stamp], coadd: Coadd) -> JointFit:
     fit : `JointFit`
         ``N = T^T W T``, ``b = T^T W D``, and N for the covariance of b.
     """
-    normal = _products(templates, templates, coadd.weight)
+    normal = _products(templates, np.sqrt(coadd.weight), np.ones((1, 1)))
     weighted = coadd.weight * coadd.image
     right = np.array([(t.array * weighted[t.slices]).sum() for t in templates])
     return JointFit(normal, right, normal)
 
 
-def _products(left: Sequence[Stamp], right: Sequence[Stamp], weight: np.ndarray) -> scipy.sparse.csr_array:
-    """Return the sums over weighted products of stamps, (left, right), of which most have none in common.
+def _products(templates: Sequence[Stamp], scale: np.ndarray, smooth: np.ndarray) -> scipy.sparse.csr_array:
+    """Return ``T^T S C S T`` of templates T, with S a factor of each pixel, (y, x), and C the convolution
+    with ``smooth``, (k, k), which is its own mirror image.
 
-    The image, whose weight is (y, x), is gone through in bands: a matrix (pixel, stamp) of all of it would
-    take several times the memory of the stamps.
+    The templates of a box are taken together, one pair of overlapping boxes at a time. What is below
+    `_NEGLIGIBLE` in units of the diagonal is taken as 0, so that the matrix stays sparse.
     """
-    result = scipy.sparse.csr_array((len(left), len(right)))
-    rows = max(_BAND_PIXELS // weight.shape[1], 1)
-    for start in range(0, weight.shape[0], rows):
-        band = weight[start : start + rows]
-        first = _design_matrix(left, start, band.shape)
-        second = first if right is left else _design_matrix(right, start, band.shape)
-        weighted = first.copy()
-        weighted.data *= band.ravel()[first.indices]
-        result = result + (weighted.T @ second).tocsr()
-    return result
+    boxes: dict[tuple[int, int, int, int], list[int]] = {}
+    for k, stamp in enumerate(templates):
+        ys, xs = stamp.slices
+        boxes.setdefault((ys.start, ys.stop, xs.start, xs.stop), []).append(k)
+    groups = list(boxes.values())
+    y0, y1, x0, x1 = np.array(list(boxes), dtype=int).reshape(-1, 4).T
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for n, group in enumerate(groups):
+        smoothed = [_smoothed(templates[k], scale, smooth) for k in group]
+        ys, xs = smoothed[0].slices
+        own = np.stack([stamp.array for stamp in smoothed]) * scale[ys, xs]
+        near = (y0[n:] < ys.stop) & (y1[n:] > ys.start) & (x0[n:] < xs.stop) & (x1[n:] > xs.start)
+        for m in (n + np.flatnonzero(near)).tolist():
+            top, bottom = max(ys.start, int(y0[m])), min(ys.stop, int(y1[m]))
+            left, right = max(xs.start, int(x0[m])), min(xs.stop, int(x1[m]))
+            first = own[:, top - ys.start : bottom - ys.start, left - xs.start : right - xs.start]
+            second = np.stack(
+                [
+                    templates[k].array[top - y0[m] : bottom - y0[m], left - x0[m] : right - x0[m]]
+                    for k in groups[m]
+                ]
+            )
+            block = first.reshape(len(first), -1) @ second.reshape(len(second), -1).T
+            if m == n:
+                block = 0.5 * (block + block.T)
+            row, column = (index.ravel() for index in np.meshgrid(group, groups[m], indexing="ij"))
+            parts.append((block.ravel(), row, column))
+            if m > n:
+                parts.append((block.ravel(), column, row))
+    if not parts:
+        return scipy.sparse.csr_array((len(templates), len(templates)))
+    values, rows, columns = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    norm = np.sqrt(np.bincount(rows, np.where(rows == columns, values, 0.0), len(templates)))
+    kept = np.abs(values) > _NEGLIGIBLE * norm[rows] * norm[columns]
+    shape = (len(templates), len(templates))
+    return scipy.sparse.coo_array((values[kept], (rows[kept], columns[kept])), shape=shape).tocsr()
 
 
-def _design_matrix(stamps: Sequence[Stamp], start: int, shape: tuple[int, int]) -> scipy.sparse.csc_array:
-    """Make a design matrix (pixel, stamp) of some rows of the patch, without what is below 1e-5 of a stamp's
-    peak.
-    """
-    top = np.array([stamp.y0 for stamp in stamps])
-    bottom = top + [len(stamp.array) for stamp in stamps]
-    rows, values = [np.zeros(0, dtype=int)], [np.zeros(0)]
-    counts = np.zeros(len(stamps), dtype=int)
-    for k in np.flatnonzero((top < start + shape[0]) & (bottom > start)).tolist():
-        stamp = stamps[k]
-        part = stamp.array[max(start - stamp.y0, 0) : start + shape[0] - stamp.y0]
-        y, x = np.nonzero(np.abs(part) > 1e-5 * np.abs(stamp.array).max(initial=0.0))
-        rows.append((y + max(stamp.y0 - start, 0)) * shape[1] + x + stamp.x0)
-        values.append(part[y, x])
-        counts[k] = len(y)
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    return scipy.sparse.csc_array(
-        (np.concatenate(values), np.concatenate(rows), starts), shape=(shape[0] * shape[1], len(stamps))
-    )
+def _smoothed(stamp: Stamp, scale: np.ndarray, smooth: np.ndarray) -> Stamp:
+    """Multiply a stamp with its part of an image, and convolve it with a kernel."""
+    scaled = stamp.array * scale[stamp.slices]
+    if smooth.size == 1:
+        return stamp._replace(array=scaled)
+    half = smooth.shape[0] // 2
+    return Stamp(stamp.y0 - half, stamp.x0 - half, convolve_full(scaled, smooth)).cropped(scale.shape)
 
 
 def render(templates: Sequence[Stamp], amplitudes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

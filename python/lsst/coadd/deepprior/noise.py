@@ -256,7 +256,8 @@ def local_variance(
     if not differences:
         raise ValueError("A variance needs at least one realisation of the noise.")
     scale = noise**2 + noise * image.astype(np.float64)
-    mean_square = np.mean([difference.astype(np.float64) ** 2 for difference in differences], axis=0)
-    return (scale * scipy.ndimage.gaussian_filter(mean_square / scale, smoothing, mode="reflect")).astype(
-        np.float32
-    )
+    mean_square = np.zeros(image.shape)
+    for difference in differences:
+        mean_square += difference.astype(np.float64) ** 2 / len(differences)
+    mean_square /= scale
+    return (scale * scipy.ndimage.gaussian_filter(mean_square, smoothing, mode="reflect")).astype(np.float32)

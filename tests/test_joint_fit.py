@@ -1,0 +1,81 @@
+# This file is part of coadd_deepprior.
+#
+# Use of this source code is governed by a 3-clause BSD-style
+# license that can be found in the LICENSE file.
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.signal
+
+from lsst.coadd.deepprior.joint_fit import Coadd, JointFit, Stamp, slope
+
+SHAPE = (60, 84)
+
+
+def moffat(size: int = 25) -> np.ndarray:
+    """Return a PSF whose wings end nowhere."""
+    radius2 = np.add.outer((np.arange(size) - size // 2) ** 2, (np.arange(size) - size // 2) ** 2)
+    profile = (1.0 + radius2 / 9.0) ** -4.0
+    return profile / profile.sum()
+
+
+def correlation() -> np.ndarray:
+    """Return the correlation of noise that was shifted by half a pixel along both axes, y and x unlike."""
+    return np.outer([0.3, 1.0, 0.3], [0.1, 0.4, 1.0, 0.4, 0.1])[:, 1:4]
+
+
+def make_coadd(image: np.ndarray, rng: np.random.Generator, noise_correlation: np.ndarray | None) -> Coadd:
+    """Return a coadd of 2x3 cells with a hole and unequal variances."""
+    variance = np.repeat([1.0, 4.0], 30)[:, None] * rng.uniform(0.8, 1.2, SHAPE)
+    image = image.copy()
+    image[20:26, 30:41] = np.nan
+    psf = np.tile(moffat(), (2, 3, 1, 1))
+    return Coadd(np.zeros(SHAPE), 0.8, image, variance, psf, noise_correlation)
+
+
+def dense(templates: list[Stamp]) -> np.ndarray:
+    """Return templates as the rows of a matrix (template, pixel)."""
+    rows = np.zeros((len(templates), *SHAPE))
+    for row, stamp in zip(rows, templates, strict=True):
+        row[stamp.slices] = stamp.array
+    return rows
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_normal_equations_are_those_of_dense_matrices(correlated: bool) -> None:
+    rng = np.random.default_rng(3)
+    coadd = make_coadd(rng.normal(size=SHAPE), rng, correlation() if correlated else None)
+    points = [coadd.point(y, x) for y, x in ((3.2, 5.0), (9.0, 14.4), (31.7, 44.1), (57.0, 80.3))]
+    far = [Stamp(-6, 70, np.ones((9, 31))).cropped(SHAPE)]
+    templates = [*points, *(slope(point, 1) for point in points), *far]
+    fit = JointFit.of(templates, coadd)
+    t = dense(templates)
+    np.testing.assert_allclose(fit.right, np.einsum("kyx,yx->k", t, coadd.weight * coadd.image), rtol=1e-10)
+    normal = np.einsum("kyx,yx,lyx->kl", t, coadd.weight, t)
+    scale = np.sqrt(np.outer(normal.diagonal(), normal.diagonal()))
+    np.testing.assert_allclose(fit.normal.toarray() / scale, normal / scale, atol=2e-7)
+    scaled = t * coadd.weight * np.sqrt(coadd.variance)
+    smooth = scaled
+    if correlated:
+        smooth = np.stack([scipy.signal.convolve2d(one, correlation(), mode="same") for one in scaled])
+    noise = np.einsum("kyx,lyx->kl", scaled, smooth)
+    np.testing.assert_allclose(fit.noise.toarray() / scale, noise / scale, atol=4e-7)
+
+
+def test_wings_of_a_bright_star_are_not_given_to_a_faint_one() -> None:
+    """The star is a hundred thousand times as bright, and the other 14 pixels away."""
+    rng = np.random.default_rng(4)
+    empty = make_coadd(np.zeros(SHAPE), rng, None)
+    points = [empty.point(30.3, 40.2), empty.point(38.0, 52.1)]
+    flux = np.array([1e6, 10.0])
+    coadd = make_coadd(np.einsum("k,kyx->yx", flux, dense(points)), rng, None)
+    np.testing.assert_allclose(JointFit.of(points, coadd).solution(), flux, rtol=1e-4)
+
+
+def test_templates_that_share_no_pixel_have_no_product() -> None:
+    rng = np.random.default_rng(5)
+    coadd = make_coadd(rng.normal(size=SHAPE), rng, None)
+    fit = JointFit.of([coadd.point(15.0, 15.0), coadd.point(15.0, 65.0), coadd.point(45.0, 65.0)], coadd)
+    np.testing.assert_array_equal(fit.normal.toarray() != 0.0, [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
