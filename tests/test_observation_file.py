@@ -16,6 +16,7 @@ import pytest
 
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.observation_file import ObservationFile
+from lsst.coadd.deepprior.warp_streams import WarpObservations
 
 
 def observation(shape: tuple[int, int], seed: int, *, with_noise: bool) -> Observation:
@@ -51,6 +52,26 @@ def test_observations_come_back(tmp_path: Path) -> None:
                 assert value.dtype == expected.dtype
             np.testing.assert_array_equal(value, expected)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_released_is_read_again() -> None:
+    originals = [observation((30, 41), seed, with_noise=False) for seed in (1, 2)]
+
+    class CountedWarp:
+        n_read = 0
+
+        def observation(self, bad_planes: list[str]) -> Observation:
+            self.n_read += 1
+            return originals[1]
+
+    warps = [CountedWarp(), CountedWarp()]
+    observations = WarpObservations(warps, ["BAD"], cache_bytes=1e6)  # type: ignore[arg-type]
+    observations.add(1, originals[1])
+    assert observations[0] is originals[1]
+    assert warps[1].n_read == 0
+    observations.release()
+    assert observations[0] is originals[1]
+    assert [warp.n_read for warp in warps] == [0, 1]
 
 
 def test_a_file_that_was_cut(tmp_path: Path) -> None:

@@ -59,15 +59,15 @@ def prior_carried(image: np.ndarray, variance: np.ndarray, n_good: np.ndarray, c
     shapes = {image.shape, variance.shape, n_good.shape, coadd.shape}
     if len(shapes) > 1:
         raise ValueError(f"Image, variance, number of visits and coadd must be of one shape, not {shapes}.")
-    matched = np.maximum(coadd.matched, np.finfo(float).tiny)
-    flux = np.where(coadd.matched > 0.0, coadd.correlate(coadd.weight * coadd.image, power=1) / matched, 0.0)
+    flux = coadd.correlate(coadd.weight * coadd.image, power=1)
+    flux /= np.maximum(coadd.matched, np.finfo(float).tiny)
+    flux[coadd.matched <= 0.0] = 0.0
     significance = flux * np.sqrt(coadd.information)
-    sharpness = np.divide(
-        coadd.matched, coadd.correlate(coadd.weight, power=1), where=coadd.good, out=np.zeros(coadd.shape)
-    )
-    brightness = flux * sharpness
-    faint = image < _SEEN * np.sqrt(coadd.variance)
-    structure = (significance > _EVIDENCE) & (significance < _CERTAIN) & faint & coadd.good
+    structure = (significance > _EVIDENCE) & (significance < _CERTAIN) & coadd.good
+    structure &= image < _SEEN * np.sqrt(coadd.variance)
+    del significance
+    brightness = flux * coadd.matched
+    brightness /= np.where(coadd.good, coadd.correlate(coadd.weight, power=1), 1.0)
     with np.errstate(invalid="ignore"):
         structure &= brightness > _COVERED * np.sqrt(variance)
     return structure | (n_good == 0)

@@ -152,6 +152,10 @@ class WarpObservations(Sequence[Observation]):
                 self._disk_has_room = False
                 _LOG.warning("cache_dir is full, and further warps will be read in every pass: %s", err)
 
+    def release(self) -> None:
+        """Give up what is in memory; what is asked for afterwards comes from a disk or is read again."""
+        self._kept.clear()
+
     def __len__(self) -> int:
         return len(self._indices)
 

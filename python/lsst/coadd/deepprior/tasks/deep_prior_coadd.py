@@ -552,6 +552,7 @@ class DeepPriorCoaddTask(PipelineTask):
         """Make the datasets of a restored band."""
         from ..outliers import outlier_table
 
+        inputs.observations.release()
         patch, sky_projection, scale = inputs.patch, inputs.sky_projection, inputs.pixel_scale
         infos = inputs.infos
         start = self._describe_start(network, restoration, inputs.label)
