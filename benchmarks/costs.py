@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import itertools
 import json
 import os
 import platform
@@ -39,11 +38,15 @@ from lsst.coadd.deepprior.warp_streams import WarpHandles, cell_layout
 from lsst.coadd.deepprior.weights import packaged_network
 from lsst.daf.butler import Butler
 
-DESIGN = ((200, 4), (200, 12), (200, 24), (300, 12))
-"""Sides of the patches in pixels, and numbers of visits, on which time is measured."""
+DESIGN = {
+    "pretrained": ((200, 4), (300, 24), (600, 12), (1800, 12)),
+    "scratch": ((200, 4), (200, 12), (200, 24), (300, 12)),
+}
+"""Sides of the patches in pixels, and numbers of visits, on which each start is measured."""
 
 MEMORY_DESIGN = ((900, 12),)
-"""One more patch, for what does not depend on the numbers of steps; these are reduced by `FEW_STEPS`."""
+"""One more patch of each start, for the memory of a fit, which does not depend on the numbers of steps; these
+are reduced by `FEW_STEPS`."""
 
 FEW_STEPS = ("base_steps=10", "steps=2")
 
@@ -199,23 +202,24 @@ def fit(
     memory_canvas, memory_inner, memory_visits = sizes(same)
     peak = values("peak_bytes", same) - CACHE_BYTES * memory_visits
     one = np.ones_like(memory_canvas)
-    terms = [canvas, canvas * values("visits")]
+    terms = [np.ones_like(canvas), canvas, canvas * values("visits")]
     if without_fit is None:
         times, memory = positive(terms, seconds, seconds), positive([one, memory_canvas], peak, peak)
         fitted, fit_memory = [0.0, 0.0], [0.0]
     else:
-        times = [without_fit["seconds_per_pixel"], without_fit["seconds_per_pixel_and_visit"]]
+        times = [without_fit[f"seconds_{name}"] for name in ("start", "per_pixel", "per_pixel_and_visit")]
         memory = [without_fit["memory_bytes"], without_fit["memory_bytes_per_pixel"]]
-        fitted = positive(terms, seconds - np.dot(times, terms), seconds)
+        fitted = positive(terms[1:], seconds - np.dot(times, terms), seconds)
         fit_memory = positive([memory_canvas], peak - np.dot(memory, [one, memory_canvas]), peak)
-    model = np.dot(np.add(times, fitted), terms)
+    model = np.dot(np.add(times, [0.0, *fitted]), terms)
     peak_after, seconds_after = values("peak_bytes_after", same), values("seconds_after", same)
     after = positive([one, memory_inner], peak_after, peak_after)
     time_after = positive([one, memory_inner], seconds_after, seconds_after)
     largest = max(same, key=lambda row: row["side"])
     return {
-        "seconds_per_pixel": times[0],
-        "seconds_per_pixel_and_visit": times[1],
+        "seconds_start": times[0],
+        "seconds_per_pixel": times[1],
+        "seconds_per_pixel_and_visit": times[2],
         "seconds_fit_per_pixel": fitted[0],
         "seconds_fit_per_pixel_and_visit": fitted[1],
         "largest_relative_deviation": float(np.max(np.abs(model / seconds - 1.0))),
@@ -253,11 +257,12 @@ def processor(device: str) -> str:
 def main(device: str, output: Path | None) -> None:  # noqa: D103
     os.environ["OMP_NUM_THREADS"] = "1"
     rows: dict[str, list[dict]] = {}
-    for name, design, settings in (("time", DESIGN, ()), ("memory", MEMORY_DESIGN, FEW_STEPS)):
-        for start, (side, n_visits) in itertools.product(STARTS, design):
-            row = measure(side, n_visits, start, device, *settings)
-            rows.setdefault(f"{name} {start}", []).append(row)
-            click.echo(json.dumps(row))
+    for start in STARTS:
+        for name, design, settings in (("time", DESIGN[start], ()), ("memory", MEMORY_DESIGN, FEW_STEPS)):
+            for side, n_visits in design:
+                row = measure(side, n_visits, start, device, *settings)
+                rows.setdefault(f"{name} {start}", []).append(row)
+                click.echo(json.dumps(row))
     pretrained, scratch = ((rows[f"time {start}"], rows[f"memory {start}"]) for start in STARTS)
     without_fit = fit(*pretrained)
     result = {

@@ -51,7 +51,7 @@ def run(*arguments: str) -> Result:
 def test_known_costs() -> None:
     """With all constants 1: a canvas of 100 pixels square is 68 of the patch."""
     one = estimate(68, 3, UNIT)
-    assert one.seconds == 100**2 * (1 + 3)
+    assert one.seconds == 1 + 100**2 * (1 + 3)
     assert one.seconds_read == 68**2 * 3
     assert one.seconds_after == 1 + 68**2
     assert one.memory_bytes == 1 + 100**2 + CACHE_BYTES * 68**2 * 3

@@ -63,12 +63,12 @@ class Costs:
 
     Parameters
     ----------
-    seconds_per_pixel, seconds_per_pixel_and_visit : `float`
-        Time of the restoration without a fit, by pixels of the canvas.
+    seconds_start, seconds_per_pixel, seconds_per_pixel_and_visit : `float`
+        Time of the restoration without a fit: fixed, and by pixels of the canvas.
     seconds_fit_per_pixel, seconds_fit_per_pixel_and_visit, memory_fit_bytes_per_pixel : `float`
         What a fit from scratch takes more, by those of the pixels that it sees.
     largest_relative_deviation : `float`
-        Of the time of a measured patch from what the two give.
+        Of the time of a measured patch from what these give.
     seconds_after, seconds_after_per_pixel : `float`
         Time of measurement and figure: fixed, and by pixels of the patch.
     seconds_read_per_pixel_and_visit : `float`
@@ -85,6 +85,7 @@ class Costs:
         Sizes of all outputs, and of one warp, by pixels of the patch.
     """
 
+    seconds_start: float
     seconds_per_pixel: float
     seconds_per_pixel_and_visit: float
     seconds_fit_per_pixel: float
@@ -216,7 +217,8 @@ def estimate(
         # The pixels of the windows are kept beside those of the cache.
         fit_bytes += CACHE_BYTES * 4 * FIT_SIDE**2 * n_visits
     return Estimate(
-        seconds=canvas * (costs.seconds_per_pixel + costs.seconds_per_pixel_and_visit * n_visits)
+        seconds=costs.seconds_start
+        + canvas * (costs.seconds_per_pixel + costs.seconds_per_pixel_and_visit * n_visits)
         + fitted * (costs.seconds_fit_per_pixel + costs.seconds_fit_per_pixel_and_visit * n_visits),
         seconds_read=costs.seconds_read_per_pixel_and_visit * pixels * (1.0 + read_again),
         seconds_after=costs.seconds_after + costs.seconds_after_per_pixel * inner,

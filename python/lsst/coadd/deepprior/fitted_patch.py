@@ -30,6 +30,7 @@ from .noise import NoisyModel, coadd_layers
 from .noise_draws import draw_noise
 from .observation import Observation
 from .operators import CellLayout
+from .parallel import give_freed_memory_back
 from .patch_data import PatchData
 from .point_sources import PointSources, point_sources
 from .psf import target_sigma
@@ -193,17 +194,20 @@ class FittedPatch:
         again : `torch.Tensor`, (y, x)
             The latent image that is restored from them, in nJy.
         """
+        give_freed_memory_back()
         noisy = draw_noise(self.data, self.sets, latent, seed, correlations)
         steps = math.ceil(_DRAW_STEPS * self.settings.base_steps)
         solution = maximum_likelihood(noisy, self.sets, steps=steps)
         features = encoder_features(solution)[0]
         del solution
+        give_freed_memory_back()
         return noisy, _latent(noisy, self.sets, self.net, features).latent
 
     def residual_of(
         self, again: torch.Tensor, latent: torch.Tensor, seed: int, correlations: np.ndarray
     ) -> np.ndarray:
         """Return the residual coadd of drawn visits, (y, x), in nJy; ``again`` is restored from them."""
+        give_freed_memory_back()
         model = NoisyModel(self.observations, self.data, latent, seed, correlations)
         return coadd_layers(self.data.with_observations(model), again, self.observations).residual
 
@@ -253,6 +257,7 @@ def fit_patch(
     features = encoder_features(solution)[0]
     conditions = patch_conditions(data, solution)
     del solution
+    give_freed_memory_back()
     times["base"] = time.monotonic() - mark
     mark = time.monotonic()
     outside = network.outside(conditions) if network is not None else []
@@ -273,6 +278,7 @@ def fit_patch(
         curves["held_out"] = [value for _, value in curve]
     points = _latent(data, sets, net, features, progress)
     del features
+    give_freed_memory_back()
     times["fit"] = time.monotonic() - mark
     return FittedPatch(
         observations=observations,

@@ -11,7 +11,14 @@ torch would wait thousands of times, each time for a core that others may have.
 
 from __future__ import annotations
 
-__all__ = ("by_rows", "in_parallel", "keep_freed_memory", "operations_in_parallel", "use_threads")
+__all__ = (
+    "by_rows",
+    "give_freed_memory_back",
+    "in_parallel",
+    "keep_freed_memory",
+    "operations_in_parallel",
+    "use_threads",
+)
 
 import contextlib
 import ctypes
@@ -128,3 +135,15 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_freed_memory_back() -> None:
+    """Have glibc give back to the system what it has kept of freed memory, where there is glibc.
+
+    Between two phases of a restoration, so that what one has left in pieces is not added to what the next one
+    needs.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return

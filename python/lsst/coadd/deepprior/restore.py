@@ -33,6 +33,7 @@ from .noise_correlation import visit_correlations
 from .observation import Observation
 from .operators import CellLayout
 from .outliers import Outlier
+from .parallel import give_freed_memory_back
 from .prior_carried import prior_carried
 from .psf import FWHM_PER_SIGMA, gaussian_stamp
 from .psf_check import injected_latent, measure_leakage, place_stars
@@ -183,6 +184,7 @@ def restore(
         raise FloatingPointError("The restored image is not finite; please report this patch.")
     layers = coadd_layers(data, latent, observations)
     times["coadd"] = time.monotonic() - mark
+    give_freed_memory_back()
     mark = time.monotonic()
     correlations = visit_correlations(data, latent, observations)
     variance, draws, residual_draws = _variance(fitted, correlations, progress)
@@ -190,6 +192,7 @@ def restore(
     mark = time.monotonic()
     leakage = _leakage(fitted, correlations, draws[0]) if settings.check_psf else []
     times["psf"] = time.monotonic() - mark
+    give_freed_memory_back()
     return assemble(fitted, layers, variance, draws, residual_draws, leakage)
 
 
