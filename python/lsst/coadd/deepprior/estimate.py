@@ -47,9 +47,8 @@ FIT_SIDE = 600
 """Side in pixels of each of the four windows of larger patches if their cells have 150 pixels, Rubin's."""
 
 _SPARE_MEMORY = 2.0
-"""What is asked for over what is estimated; batch systems kill what takes more than it asked for. A patch of
-3400 pixels took 1.4 times the estimate, which comes of small patches, to be restored, and more than 1.5 times
-to be measured."""
+"""What is asked for over what is estimated; batch systems kill what takes more than it asked for, and crowded
+or deep patches have more sources to measure than those that the estimate comes of."""
 
 _SPARE_TIME = 2.0
 """The same for time, since other processors are slower than that of the measurement."""
