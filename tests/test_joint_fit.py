@@ -14,16 +14,14 @@ from lsst.coadd.deepprior.joint_fit import Coadd, JointFit, Stamp, slope
 SHAPE = (60, 84)
 
 
-def moffat(size: int = 25) -> np.ndarray:
-    """Return a PSF whose wings end nowhere."""
-    radius2 = np.add.outer((np.arange(size) - size // 2) ** 2, (np.arange(size) - size // 2) ** 2)
-    profile = (1.0 + radius2 / 9.0) ** -4.0
+CORRELATION = np.outer([0.3, 1.0, 0.3], [0.4, 1.0, 0.4])
+
+
+def moffat() -> np.ndarray:
+    """Return a PSF with wings, (25, 25)."""
+    squares = np.arange(-12, 13) ** 2
+    profile = (1.0 + np.add.outer(squares, squares) / 9.0) ** -4.0
     return profile / profile.sum()
-
-
-def correlation() -> np.ndarray:
-    """Return the correlation of noise that was shifted by half a pixel along both axes, y and x unlike."""
-    return np.outer([0.3, 1.0, 0.3], [0.1, 0.4, 1.0, 0.4, 0.1])[:, 1:4]
 
 
 def make_coadd(image: np.ndarray, rng: np.random.Generator, noise_correlation: np.ndarray | None) -> Coadd:
@@ -46,7 +44,7 @@ def dense(templates: list[Stamp]) -> np.ndarray:
 @pytest.mark.parametrize("correlated", [False, True])
 def test_normal_equations_are_those_of_dense_matrices(correlated: bool) -> None:
     rng = np.random.default_rng(3)
-    coadd = make_coadd(rng.normal(size=SHAPE), rng, correlation() if correlated else None)
+    coadd = make_coadd(rng.normal(size=SHAPE), rng, CORRELATION if correlated else None)
     points = [coadd.point(y, x) for y, x in ((3.2, 5.0), (9.0, 14.4), (31.7, 44.1), (57.0, 80.3))]
     far = [Stamp(-6, 70, np.ones((9, 31))).cropped(SHAPE)]
     templates = [*points, *(slope(point, 1) for point in points), *far]
@@ -59,7 +57,7 @@ def test_normal_equations_are_those_of_dense_matrices(correlated: bool) -> None:
     scaled = t * coadd.weight * np.sqrt(coadd.variance)
     smooth = scaled
     if correlated:
-        smooth = np.stack([scipy.signal.convolve2d(one, correlation(), mode="same") for one in scaled])
+        smooth = np.stack([scipy.signal.convolve2d(one, CORRELATION, mode="same") for one in scaled])
     noise = np.einsum("kyx,lyx->kl", scaled, smooth)
     np.testing.assert_allclose(fit.noise.toarray() / scale, noise / scale, atol=4e-7)
 
@@ -79,3 +77,15 @@ def test_templates_that_share_no_pixel_have_no_product() -> None:
     coadd = make_coadd(rng.normal(size=SHAPE), rng, None)
     fit = JointFit.of([coadd.point(15.0, 15.0), coadd.point(15.0, 65.0), coadd.point(45.0, 65.0)], coadd)
     np.testing.assert_array_equal(fit.normal.toarray() != 0.0, [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+
+
+def test_correlation_of_neighbours() -> None:
+    """Points of a PSF P that are d apart have the correlation sum P(x) P(x - d) / sum P^2."""
+    rng = np.random.default_rng(6)
+    psf = np.tile(moffat(), (2, 3, 1, 1))
+    coadd = Coadd(np.zeros(SHAPE), 0.8, rng.normal(size=SHAPE), np.ones(SHAPE), psf)
+    points = [coadd.point(15.0, 14.0), coadd.point(17.0, 19.0), coadd.point(45.0, 65.0)]
+    overlap = (moffat()[2:, 5:] * moffat()[:-2, :-5]).sum() / (moffat() ** 2).sum()
+    expected = np.zeros((3, 3))
+    expected[0, 1] = expected[1, 0] = overlap
+    np.testing.assert_allclose(JointFit.of(points, coadd).correlation().toarray(), expected, rtol=1e-9)

@@ -18,16 +18,19 @@ SIGMA, SEEING = 0.9, 2.0
 POINT_ERROR = np.sqrt(4.0 * np.pi) * SEEING
 
 
-def carried(model_snr: float, true_snr: float, variance: float) -> np.ndarray:
-    """Return the mask near one source whose model has another flux than the data, which have no noise."""
-    sources = [(60.3, 40.6, 1.0)]
+def carried(model_snr: float, true_snr: float, variance: float, noise: float = 1.0) -> np.ndarray:
+    """Return the mask near one source whose model has another flux than the data, which have no noise.
+
+    The variance is in units of the square of ``noise``, the unit of everything.
+    """
+    sources = [(60.3, 40.6, noise)]
     model = model_snr * POINT_ERROR * gaussian_stars(SHAPE, sources, SIGMA)
     left = (true_snr - model_snr) * POINT_ERROR * gaussian_stars(SHAPE, sources, SEEING)
     psf = np.broadcast_to(gaussian_stamp(SEEING, 25), (2, 2, 25, 25))
-    coadd = Coadd(model, SIGMA, left, np.ones(SHAPE), psf)
+    coadd = Coadd(model, SIGMA, left, np.full(SHAPE, noise**2), psf)
     n_good = np.full(SHAPE, 3)
     n_good[10, 12] = 0
-    result = prior_carried(model, np.full(SHAPE, variance), n_good, coadd)
+    result = prior_carried(model, np.full(SHAPE, variance * noise**2), n_good, coadd)
     assert result[10, 12]
     result[10, 12] = False
     assert not result[:20].any()
@@ -44,6 +47,21 @@ def test_what_the_variance_covers_or_the_data_show_is_not_marked() -> None:
     assert not carried(0.0, 5.0, 0.5**2).any()
     assert not carried(50.0, 50.0, 0.02**2)[39:43, 58:63].any()
     assert not carried(0.0, 1.0, 1e-6).any()
+
+
+@pytest.mark.parametrize("noise", [1.0, 30.0])
+def test_the_brightness_that_is_compared_with_the_variance(noise: float) -> None:
+    """A point of S/N 5 has a mean brightness of 5 (4 pi)^(-1/2) / s sigma under a Gaussian PSF of sigma s."""
+    brightness = 5.0 / np.sqrt(4.0 * np.pi) / SEEING
+    assert carried(0.0, 5.0, (0.9 * brightness / 5.0) ** 2, noise)[41, 60]
+    assert not carried(0.0, 5.0, (1.1 * brightness / 5.0) ** 2, noise).any()
+
+
+def test_what_single_pixels_show_is_not_marked() -> None:
+    """The model has all of the light at a few pixels, each of which is above the noise."""
+    mask = carried(5.0, 5.0, 0.02**2)
+    assert not mask[40:42, 60:62].any()
+    assert mask[41, 57]
 
 
 def test_bad_input() -> None:

@@ -377,8 +377,6 @@ def _products(templates: Sequence[Stamp], scale: np.ndarray, smooth: np.ndarray)
                 ]
             )
             block = first.reshape(len(first), -1) @ second.reshape(len(second), -1).T
-            if m == n:
-                block = 0.5 * (block + block.T)
             row, column = (index.ravel() for index in np.meshgrid(group, groups[m], indexing="ij"))
             parts.append((block.ravel(), row, column))
             if m > n:

@@ -59,15 +59,17 @@ def prior_carried(image: np.ndarray, variance: np.ndarray, n_good: np.ndarray, c
     shapes = {image.shape, variance.shape, n_good.shape, coadd.shape}
     if len(shapes) > 1:
         raise ValueError(f"Image, variance, number of visits and coadd must be of one shape, not {shapes}.")
-    flux = coadd.correlate(coadd.weight * coadd.image, power=1)
-    flux /= np.maximum(coadd.matched, np.finfo(float).tiny)
-    flux[coadd.matched <= 0.0] = 0.0
+    has_data = coadd.good & (coadd.matched > 0.0)
+
+    def divided(image: np.ndarray, by: np.ndarray) -> np.ndarray:
+        return np.divide(image, by, where=has_data, out=np.zeros(coadd.shape))
+
+    flux = divided(coadd.correlate(coadd.weight * coadd.image, power=1), coadd.matched)
     significance = flux * np.sqrt(coadd.information)
-    structure = (significance > _EVIDENCE) & (significance < _CERTAIN) & coadd.good
+    structure = has_data & (significance > _EVIDENCE) & (significance < _CERTAIN)
     structure &= image < _SEEN * np.sqrt(coadd.variance)
     del significance
-    brightness = flux * coadd.matched
-    brightness /= np.where(coadd.good, coadd.correlate(coadd.weight, power=1), 1.0)
+    brightness = divided(flux * coadd.matched, coadd.correlate(coadd.weight, power=1))
     with np.errstate(invalid="ignore"):
         structure &= brightness > _COVERED * np.sqrt(variance)
     return structure | (n_good == 0)
