@@ -308,5 +308,7 @@ def _latent(
         latent = latent_and_slope(features.start, features.noise)[0]
     else:
         image = mean_latent_image(net, features)
+        give_freed_memory_back()
         latent = data_steps(data, sets, image, features.gate, report("data steps"))
+    give_freed_memory_back()
     return point_sources(data, sets, latent, report("points"))
