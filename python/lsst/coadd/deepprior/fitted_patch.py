@@ -21,6 +21,7 @@ import torch
 
 from .baselines import inner_smooth, maximum_likelihood
 from .batches import Batches
+from .border_stars import coadd_stamps, place_border_stars
 from .conditions import patch_conditions
 from .data_steps import data_steps
 from .fit import mean_latent_image
@@ -127,6 +128,8 @@ class FittedPatch:
         The same visits on their canvas.
     sets : `~lsst.coadd.deepprior.statistics.VisitSets`
         One set of all visits.
+    stamps : `numpy.ndarray`, (i, j, k, k)
+        PSF of the coadd of the visits in every cell.
     settings : `RestoreSettings`
         Numerical settings.
     net : `~lsst.coadd.deepprior.network.Trunk` or `None`
@@ -150,6 +153,7 @@ class FittedPatch:
     observations: Sequence[Observation]
     data: PatchData
     sets: VisitSets
+    stamps: np.ndarray
     settings: RestoreSettings
     net: Trunk | None
     points: PointSources
@@ -201,7 +205,7 @@ class FittedPatch:
         features = encoder_features(solution)[0]
         del solution
         give_freed_memory_back()
-        return noisy, _latent(noisy, self.sets, self.net, features).latent
+        return noisy, _latent(noisy, self.sets, self.stamps, self.net, features).latent
 
     def residual_of(
         self, again: torch.Tensor, latent: torch.Tensor, seed: int, correlations: np.ndarray
@@ -276,7 +280,8 @@ def fit_patch(
         method = "network fitted from scratch"
         curves["fit_step"] = [float(step) for step, _ in curve]
         curves["held_out"] = [value for _, value in curve]
-    points = _latent(data, sets, net, features, progress)
+    stamps = coadd_stamps(data)
+    points = _latent(data, sets, stamps, net, features, progress)
     del features
     give_freed_memory_back()
     times["fit"] = time.monotonic() - mark
@@ -284,6 +289,7 @@ def fit_patch(
         observations=observations,
         data=data,
         sets=sets,
+        stamps=stamps,
         settings=settings,
         net=net,
         points=points,
@@ -297,7 +303,12 @@ def fit_patch(
 
 
 def _latent(
-    data: PatchData, sets: VisitSets, net: Trunk | None, features: Features, progress: Progress | None = None
+    data: PatchData,
+    sets: VisitSets,
+    stamps: np.ndarray,
+    net: Trunk | None,
+    features: Features,
+    progress: Progress | None = None,
 ) -> PointSources:
     """Return the latent image of the set of all visits (without a network the base) and its points."""
 
@@ -310,5 +321,7 @@ def _latent(
         image = mean_latent_image(net, features)
         give_freed_memory_back()
         latent = data_steps(data, sets, image, features.gate, report("data steps"))
+    give_freed_memory_back()
+    latent = place_border_stars(data, sets, latent, stamps)
     give_freed_memory_back()
     return point_sources(data, sets, latent, report("points"))

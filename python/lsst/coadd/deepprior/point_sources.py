@@ -74,8 +74,8 @@ _MAX_SHIFT = 1.5
 
 _PSF_ERRORS = (0.3, 0.3, 0.05, 0.0)
 """Least relative error of the PSF in the passes over the visits of the first round: with the flux of the
-peaks a saturated star may be off by much, and clipping would keep it so. One wide pass can leave the flux of a
-star with a neighbour wrong by a tenth. The other rounds, from which points were dropped, have one pass
+peaks a saturated star may be off by much, and clipping would keep it so. One wide pass can leave the flux of
+a star with a neighbour wrong by a tenth. The other rounds, from which points were dropped, have one pass
 without."""
 
 _N_STEPS = 2
