@@ -242,6 +242,9 @@ def _against_coadd(rows: Sequence[Row], coadd: Sequence[Row]) -> str:
             measure = MEASURES[name]
             small = abs(abs(number) - abs(other)) < math.hypot(error, other_error)
             scatter = ", within the errors" if small else ""
+            both = f"with_residual_{name}"
+            if both in MEASURES:
+                scatter += f", model plus residual {measure.text(summarise(rows, both)[0])}"
             bad.append(f"{measure.title} {measure.text(number)} (coadd {measure.text(other)}{scatter})")
     text = (
         "worse than the coadd at its own resolution in " + "; ".join(bad)

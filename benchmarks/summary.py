@@ -106,7 +106,8 @@ MEASURES |= {
         title=f"model plus residual: {MEASURES[name].title}",
         source=f"with_residual_{MEASURES[name].source}",
     )
-    for name in ("star_flux", "galaxies_22_24", "galaxies_24_25.5")
+    for star_or_galaxy in ("star_flux", "galaxies_22_24", "galaxies_24_25.5")
+    for name in (star_or_galaxy, f"{star_or_galaxy}_rms")
 }
 
 

@@ -14,6 +14,7 @@ from toy import gaussian_stars, observe
 
 from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
 from lsst.coadd.deepprior.border_stars import coadd_stamps, place_border_stars
+from lsst.coadd.deepprior.finer import finer_layout, finer_observation
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.patch_data import PatchData
@@ -57,6 +58,24 @@ def test_a_star_beyond_the_border_takes_its_light_along(x: float, y: float) -> N
     flux, found_y, found_x = _light(placed, y, x)
     assert (found_x, found_y) == pytest.approx((x, y), abs=0.1)
     assert flux == pytest.approx(3e4, rel=0.06)
+
+
+@pytest.mark.parametrize("oversampling", [2, 3])
+@pytest.mark.parametrize(("x", "y"), [(-2.3, 25.7), (71.4, 44.6), (33.2, -1.4)])
+def test_a_star_beyond_the_border_of_a_finer_grid(x: float, y: float, oversampling: int) -> None:
+    k = oversampling
+    visits = [finer_observation(visit, k) for visit in observe(LAYOUT, [(x, y, 3e4)], SEEING, seed=1)]
+    data = PatchData(visits, finer_layout(LAYOUT, k), SIGMA, margin=k * MARGIN)
+    sets = data.sets()
+    latent = maximum_likelihood(data, sets, steps=60).latent[0]
+    placed = place_border_stars(data, sets, latent, coadd_stamps(data))
+    image = inner_smooth(placed, SIGMA).numpy()
+    fine_x, fine_y = (k * centre + 0.5 * (k - 1) + k * MARGIN for centre in (x, y))
+    rows, columns = np.indices(image.shape)
+    near = np.where(np.hypot(rows - fine_y, columns - fine_x) < 4.0, image, 0.0)
+    assert near.sum() == pytest.approx(3e4, rel=0.06)
+    assert (near * columns).sum() / near.sum() == pytest.approx(fine_x, abs=0.15)
+    assert (near * rows).sum() / near.sum() == pytest.approx(fine_y, abs=0.15)
 
 
 def test_light_inside_is_left_alone() -> None:

@@ -78,7 +78,7 @@ _GOOD_CHI2 = 2.0
 
 
 def coadd_stamps(data: PatchData) -> np.ndarray:
-    """Read the visits once for the PSF of their coadd.
+    """Read the visits once for the PSF of their coadd at the pixels that visits have.
 
     Parameters
     ----------
@@ -88,7 +88,9 @@ def coadd_stamps(data: PatchData) -> np.ndarray:
     Returns
     -------
     stamps : `numpy.ndarray`, (i, j, k, k)
-        Weighted mean of the PSFs of the visits of every cell, of unit sum; 0 in cells without a visit.
+        Weighted mean of the PSFs of the visits of every cell, of unit sum; 0 in cells without a visit. On a
+        grid that is finer by an even factor, where pixels of the visits lie between those of the coadd, it is
+        that of the interpolated coadd.
     """
     total = np.zeros((*data.weight.shape[1:], 1, 1))
     for index in np.flatnonzero(data.weight.any(axis=(1, 2))).tolist():
@@ -97,6 +99,11 @@ def coadd_stamps(data: PatchData) -> np.ndarray:
         total = np.pad(total, ((0, 0), (0, 0), *((max(border, 0),) * 2,) * 2))
         own = np.pad(psf, ((0, 0), (0, 0), *((max(-border, 0),) * 2,) * 2))
         total += data.weight[index][:, :, None, None] * own
+    if data.sampling % 2 == 0:
+        part, step = 0.5 / data.sampling, data.sampling
+        for axis in (-2, -1):
+            total = np.pad(total, [(0, 0)] * 2 + [(step, step) if n == axis % 4 else (0, 0) for n in (2, 3)])
+            total = (1.0 - part) * total + part * np.roll(total, step, axis=axis)
     sums = total.sum(axis=(-2, -1), keepdims=True)
     return np.divide(total, sums, out=np.zeros_like(total), where=sums > 0.0)
 
@@ -198,6 +205,11 @@ class _View:
         box = (slice(low[0], high[0] + 1), slice(low[1], high[1] + 1))
         values, weight = self.coadd[box], self.depth[box]
         whole = (weight > 0.0) & (weight >= _WHOLE * weight.max())
+        if self.step % 2 == 0:
+            # Interpolated from the pixels before it too.
+            whole[:, self.step :] &= whole[:, : -self.step]
+            whole[self.step :] &= whole[: -self.step]
+            whole[: self.step], whole[:, : self.step] = False, False
         if whole.sum() < _FEWEST or not self.stamp.any():
             return self.latent
         inverse_error = np.zeros(values.shape)
