@@ -10,6 +10,7 @@ import pytest
 import scipy.signal
 
 from lsst.coadd.deepprior.joint_fit import Coadd, JointFit, Stamp, slope
+from lsst.coadd.deepprior.psf import gaussian_stamp
 
 SHAPE = (60, 84)
 
@@ -17,11 +18,16 @@ SHAPE = (60, 84)
 CORRELATION = np.outer([0.3, 1.0, 0.3], [0.4, 1.0, 0.4])
 
 
-def moffat() -> np.ndarray:
-    """Return a PSF with wings, (25, 25)."""
-    squares = np.arange(-12, 13) ** 2
+def widened(factor: float) -> np.ndarray:
+    """Return a PSF with wings, (25, 25), wider by a factor."""
+    squares = (np.arange(-12, 13) / factor) ** 2
     profile = (1.0 + np.add.outer(squares, squares) / 9.0) ** -4.0
     return profile / profile.sum()
+
+
+def moffat() -> np.ndarray:
+    """Return a PSF with wings, (25, 25)."""
+    return widened(1.0)
 
 
 def make_coadd(image: np.ndarray, rng: np.random.Generator, noise_correlation: np.ndarray | None) -> Coadd:
@@ -89,3 +95,22 @@ def test_correlation_of_neighbours() -> None:
     expected = np.zeros((3, 3))
     expected[0, 1] = expected[1, 0] = overlap
     np.testing.assert_allclose(JointFit.of(points, coadd).correlation().toarray(), expected, rtol=1e-9)
+
+
+def test_each_pixel_of_a_point_has_the_psf_of_its_own_cell() -> None:
+    """The star is a pixel from one border of its cell and four from the other, and one cell is missing."""
+    psf = np.stack([[widened(1.0), widened(1.3), widened(0.9)], [widened(1.2), widened(1.1), widened(1.4)]])
+    psf[1, 0] = np.nan
+    model = np.zeros(SHAPE)
+    star = gaussian_stamp(0.8, 25)
+    half = star.shape[0] // 2
+    y, x = 28, 32
+    model[y - half : y + half + 1, x - half : x + half + 1] = star
+    coadd = Coadd(model, 0.8, np.zeros(SHAPE), np.ones(SHAPE), psf)
+    (template,) = dense([coadd.point(y, x)])
+    there = np.ones(SHAPE, dtype=bool)
+    there[30:, :28] = False
+    np.testing.assert_allclose(template[there], coadd.image[there], atol=2e-4 * template.max())
+    one = Coadd(model, 0.8, np.zeros(SHAPE), np.ones(SHAPE), np.tile(psf[0, 1], (2, 3, 1, 1)))
+    assert np.abs(one.image - coadd.image)[there].max() > 0.03 * template.max()
+    assert not coadd.point(35.0, 20.0).array.any()

@@ -69,17 +69,20 @@ class Source:
 
     def stamp(self, coadd: Coadd) -> Stamp:
         """Draw the source with unit flux."""
-        psf = coadd.psf[coadd.cell(self.y, self.x)]
         if self.shape is not None:
             shape = GalaxyShape(*self.shape)
         elif self.variance:
             shape = GalaxyShape(_log_radius(self.variance), 0.0, 0.0, self.log_index)
         else:
             return coadd.point(self.y, self.x)
-        size = psf.shape[0] + 2 * math.ceil(min(4.0 * math.exp(shape.log_radius), 2 * psf.shape[0]))
+        k = coadd.psf.shape[-1]
+        size = k + 2 * math.ceil(min(4.0 * math.exp(shape.log_radius), 2 * k))
         iy, ix, half = round(self.y), round(self.x), size // 2
-        array = galaxy_stamp(psf, shape, self.y - iy, self.x - ix, size)
-        return Stamp(iy - half, ix - half, array).cropped(coadd.shape)
+
+        def draw(psf: np.ndarray) -> Stamp:
+            return Stamp(iy - half, ix - half, galaxy_stamp(psf, shape, self.y - iy, self.x - ix, size))
+
+        return coadd.drawn(self.y, self.x, draw)
 
     def derivatives(self, coadd: Coadd, own: Stamp) -> list[Stamp]:
         """Return the changes of a unit flux with y and x, and with the other parameters."""

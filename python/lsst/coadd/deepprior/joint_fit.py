@@ -11,7 +11,7 @@ __all__ = ("Coadd", "JointFit", "Stamp", "normal_equations", "render", "slope", 
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,9 @@ from .psf import carry_kernel, convolve_full, fwhm, shift_stamp
 _NEGLIGIBLE = 1e-7
 """Correlation of two templates below which they have nothing in common: what is left of a star of S/N 5000,
 as bright as one can be without saturation, is less than a thousandth of the error of another source then."""
+
+_FEEBLE = 1e-3
+"""Part of the light of a source below which that in another cell is drawn with the PSF of its own."""
 
 
 class Stamp(NamedTuple):
@@ -116,11 +119,13 @@ class Coadd:
         self.height, self.width = self.shape[0] // n_i, self.shape[1] // n_j
         self.fwhm = np.full((n_i, n_j), np.nan)
         self.kernels = np.full(psf.shape, np.nan)
+        self._first: dict[tuple[int, int], tuple[int, int]] = {}
         done: dict[bytes, tuple[int, int]] = {}
         for i, j in np.ndindex(n_i, n_j):
             stamp = psf[i, j]
             if np.isfinite(stamp).all():
                 first = done.setdefault(stamp.tobytes(), (i, j))  # constant PSFs are common
+                self._first[i, j] = first
                 if first == (i, j):
                     self.fwhm[i, j] = fwhm(stamp)
                     self.kernels[i, j] = carry_kernel(stamp, target_sigma)
@@ -247,12 +252,45 @@ class Coadd:
         """Sum an image under the PSF, to some power, centred on each pixel."""
         return self.convolve(Stamp(0, 0, image), self.psf[:, :, ::-1, ::-1] ** power).array
 
+    def drawn(self, y: float, x: float, draw: Callable[[np.ndarray], Stamp]) -> Stamp:
+        """Draw a source; each pixel of the result has the PSF of its own cell, as the data have.
+
+        Parameters
+        ----------
+        y, x : `float`
+            Position of the source in array coordinates.
+        draw : `~collections.abc.Callable`
+            Function of a PSF (k, k) that returns the source with that PSF, in the same box for all.
+
+        Returns
+        -------
+        source : `Stamp`
+            The part of the source in the patch; it is 0 if the cell of the source is missing.
+        """
+        own = self.cell(y, x)
+        if own not in self._first:
+            whole = draw(np.ones(self.psf.shape[2:])).cropped(self.shape)
+            return whole._replace(array=np.zeros(whole.array.shape))
+        whole = draw(self.psf[own]).cropped(self.shape)
+        ys, xs = whole.slices
+        result = whole.array
+        for i in range(ys.start // self.height, (ys.stop - 1) // self.height + 1):
+            for j in range(xs.start // self.width, (xs.stop - 1) // self.width + 1):
+                if self._first.get((i, j), self._first[own]) == self._first[own]:
+                    continue
+                part = (
+                    slice(max(i * self.height - ys.start, 0), (i + 1) * self.height - ys.start),
+                    slice(max(j * self.width - xs.start, 0), (j + 1) * self.width - xs.start),
+                )
+                if np.abs(whole.array[part]).sum() > _FEEBLE * np.abs(whole.array).sum():
+                    result = result.copy() if result is whole.array else result
+                    result[part] = draw(self.psf[i, j]).cropped(self.shape).array[part]
+        return whole._replace(array=result)
+
     def point(self, y: float, x: float) -> Stamp:
-        """Return a point source of unit flux; it is empty in missing cells."""
-        stamp = self.psf[self.cell(y, x)]
-        iy, ix, half = round(y), round(x), stamp.shape[0] // 2
-        array = shift_stamp(stamp, x - ix, y - iy) if np.isfinite(stamp).all() else np.zeros_like(stamp)
-        return Stamp(iy - half, ix - half, array).cropped(self.shape)
+        """Return a point source of unit flux; it is 0 if its cell is missing."""
+        iy, ix, half = round(y), round(x), self.psf.shape[-1] // 2
+        return self.drawn(y, x, lambda psf: Stamp(iy - half, ix - half, shift_stamp(psf, x - ix, y - iy)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
