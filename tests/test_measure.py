@@ -382,7 +382,7 @@ def test_peak_offset():
 
 
 def test_stars_beside_a_border_between_unequal_psfs():
-    """Each pixel of the data has the PSF of its own cell, and so have the templates, drawn as point or disc."""
+    """Each pixel of the data has the PSF of its own cell, and so have the templates."""
     shape, x, y = (90, 120), [57.3, 62.8, 90.0], [20.4, 45.2, 70.0]
     flux = np.array([3e6, 3e4, 3e6])
     table = measure(make_inputs(shape, (1, 2), x, y, flux, sigmas=[[2.0, 2.4]]))
