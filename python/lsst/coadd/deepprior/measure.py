@@ -191,7 +191,8 @@ def measure_sources(
     own.
 
     *Flux.* All sources are fitted to ``D`` together, as points, discs or galaxies (see
-    `~lsst.coadd.deepprior.source_fit.fit_sources`). The restored image only says where they are: a template
+    `~lsst.coadd.deepprior.source_fit.fit_sources`), whose pixels have, as those of ``D``, the PSF of the cell
+    that they are in. The restored image only says where they are: a template
     from it would hold some of the noise that it is fitted to. What two points fit better than a galaxy takes
     two rows, without second moments. Each pixel of ``x`` is shared between the sources that reach it in
     proportion to ``min(x(p), x(p'))``, with p' the mirror image of p about the source (the deblender of SDSS,
