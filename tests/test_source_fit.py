@@ -101,14 +101,16 @@ def test_close_pairs_know_that_they_are_close() -> None:
     assert np.median(found.error) > 2.0 * POINT_ERROR
 
 
-@pytest.mark.parametrize(("separation", "snr"), [(0.8, 60.0), (0.5, 300.0)])
-def test_pairs_that_were_found_as_one_become_two(separation: float, snr: float) -> None:
+@pytest.mark.parametrize(
+    ("separation", "snr", "ratio"), [(0.8, 60.0, 0.5), (0.5, 300.0, 0.5), (0.8, 2000.0, 0.02)]
+)
+def test_pairs_that_were_found_as_one_become_two(separation: float, snr: float, ratio: float) -> None:
     """Along all directions, and of unequal members; separations are in units of the FWHM."""
     rng = np.random.default_rng(9)
     y, x = np.mgrid[30:300:40, 28:270:40].reshape(2, -1).astype(float)
     half = 0.5 * separation * 2.3548 * SEEING
     angle = rng.uniform(0.0, np.pi, len(y))
-    bright, faint = snr * POINT_ERROR, 0.5 * snr * POINT_ERROR
+    bright, faint = snr * POINT_ERROR, ratio * snr * POINT_ERROR
     members = [
         (a + side * half * np.cos(t), b + side * half * np.sin(t), flux)
         for a, b, t in zip(x, y, angle, strict=True)

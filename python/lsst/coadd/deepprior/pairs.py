@@ -26,9 +26,6 @@ more."""
 _LEAST_SEPARATION = 0.35
 """Smallest separation of a pair in units of the FWHM: two nearer points cannot be told from a galaxy."""
 
-_LEAST_SHARE = 0.05
-"""Smallest part of the flux of a pair that its fainter member has."""
-
 _STARTS = (0.6, 1.0)
 """Separations that the fit starts from, in units of the FWHM."""
 
@@ -44,6 +41,9 @@ of its reduced chi-square above 1 from which it does not: a point beside a galax
 
 _PSF_ERROR = 0.01
 """Relative error of the PSF that pixels are granted there."""
+
+_LEAST_SHARE = _PSF_ERROR
+"""Smallest part of the flux of a pair that its fainter member has: less may be an error of the PSF."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
