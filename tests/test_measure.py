@@ -110,10 +110,10 @@ def star_grid(shape, step, rng):
 @pytest.mark.parametrize(("factor", "shift"), [(1.0, 0.0), (0.8, 0.0), (1.2, 0.1)])
 def test_pulls_whatever_the_prior_did(factor, shift):
     """Fluxes, positions and errors are right when the model has eaten, added or displaced flux."""
-    shape, cells = (480, 520), (3, 2)
+    shape, cells = (660, 720), (3, 2)
     rng = np.random.default_rng(7)
     x, y = star_grid(shape, 22, rng)
-    assert len(x) > 400
+    assert len(x) > 800
     point_error = NOISE * np.sqrt(4 * np.pi) * 2.0
     flux = point_error * 10 ** rng.uniform(1.0, 2.5, len(x))  # S/N from 10 to 300
     sigmas = [[2.0, 2.1], [1.9, 2.0], [2.2, 2.0]]
@@ -122,6 +122,7 @@ def test_pulls_whatever_the_prior_did(factor, shift):
     assert len(table) == len(x)
     for name in ("flux", "psf_flux"):
         pull = (found[name] - flux) / found[f"{name}_err"]
+        assert 0.9 < robust_std(pull) < 1.15, name
         assert 0.9 < np.std(pull) < 1.15, name
         assert abs(np.median(pull)) < 0.25, name
     np.testing.assert_allclose(np.median(found["psf_flux_err"]), point_error, rtol=0.1)
@@ -391,3 +392,14 @@ def test_stars_beside_a_border_between_unequal_psfs():
     for name in ("flux", "psf_flux"):
         np.testing.assert_array_less(np.abs(found[name] - flux) / found[f"{name}_err"], 4.0)
     np.testing.assert_allclose(found["flux"][[0, 2]], flux[[0, 2]], rtol=1e-3)
+
+
+def test_a_star_in_a_missing_cell_beside_a_star():
+    """Its wing is seen from the other side of the border, where it has the PSF of that cell."""
+    x, y, flux = [57.3, 62.8], [20.4, 45.2], [3e6, 1e5]
+    patch = make_inputs((90, 120), (1, 2), x, y, flux, sigmas=[[2.0, 2.4]])
+    patch.psf[0, 1] = np.nan
+    patch.residual[:, 60:] = np.nan
+    found = match(measure(patch), x, y)
+    np.testing.assert_array_less(np.abs(found["flux"] - flux) / found["flux_err"], 4.0)
+    assert list(found["flag_no_data"]) == [False, True]

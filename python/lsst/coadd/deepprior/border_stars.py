@@ -101,8 +101,8 @@ def coadd_stamps(data: PatchData) -> np.ndarray:
         total += data.weight[index][:, :, None, None] * own
     if data.sampling % 2 == 0:
         part, step = 0.5 / data.sampling, data.sampling
+        total = np.pad(total, ((0, 0), (0, 0), (step, step), (step, step)))
         for axis in (-2, -1):
-            total = np.pad(total, [(0, 0)] * 2 + [(step, step) if n == axis % 4 else (0, 0) for n in (2, 3)])
             total = (1.0 - part) * total + part * np.roll(total, step, axis=axis)
     sums = total.sum(axis=(-2, -1), keepdims=True)
     return np.divide(total, sums, out=np.zeros_like(total), where=sums > 0.0)

@@ -101,6 +101,10 @@ class Coadd:
         included.
     fwhm : `numpy.ndarray`, (cell_i, cell_j)
         FWHM of the PSF in pixels; in missing cells the median of the others.
+
+    Notes
+    -----
+    Sources in missing cells cast light into others. They are drawn with the PSF of the nearest of these.
     """
 
     def __init__(
@@ -132,8 +136,12 @@ class Coadd:
                 else:
                     self.fwhm[i, j], self.kernels[i, j] = self.fwhm[first], self.kernels[first]
 
-        if np.isfinite(self.fwhm).any():
-            self.fwhm[np.isnan(self.fwhm)] = np.nanmedian(self.fwhm)
+        known = np.isfinite(self.fwhm)
+        if known.any():
+            _, nearest = scipy.ndimage.distance_transform_edt(~known, return_indices=True)
+            for i, j in np.argwhere(~known).tolist():
+                self._first[i, j] = self._first[tuple(nearest[:, i, j].tolist())]
+            self.fwhm[~known] = np.nanmedian(self.fwhm)
         self.good = np.isfinite(residual) & np.isfinite(variance) & (variance > 0.0)
         self.variance = np.where(self.good, variance, 0.0)
         self.weight = np.zeros(self.shape)
@@ -252,6 +260,10 @@ class Coadd:
         """Sum an image under the PSF, to some power, centred on each pixel."""
         return self.convolve(Stamp(0, 0, image), self.psf[:, :, ::-1, ::-1] ** power).array
 
+    def psf_at(self, y: float, x: float) -> np.ndarray:
+        """Return the PSF (k, k) at a position; in missing cells it is that of the nearest other cell."""
+        return self.psf[self._first[self.cell(y, x)]]
+
     def drawn(self, y: float, x: float, draw: Callable[[np.ndarray], Stamp]) -> Stamp:
         """Draw a source; each pixel of the result has the PSF of its own cell, as the data have.
 
@@ -265,30 +277,25 @@ class Coadd:
         Returns
         -------
         source : `Stamp`
-            The part of the source in the patch; it is 0 if the cell of the source is missing.
+            The part of the source in the patch.
         """
-        own = self.cell(y, x)
-        if own not in self._first:
-            whole = draw(np.ones(self.psf.shape[2:])).cropped(self.shape)
-            return whole._replace(array=np.zeros(whole.array.shape))
+        own = self._first[self.cell(y, x)]
         whole = draw(self.psf[own]).cropped(self.shape)
         ys, xs = whole.slices
-        result = whole.array
+        result = whole.array.copy()
         for i in range(ys.start // self.height, (ys.stop - 1) // self.height + 1):
             for j in range(xs.start // self.width, (xs.stop - 1) // self.width + 1):
-                if self._first.get((i, j), self._first[own]) == self._first[own]:
-                    continue
                 part = (
                     slice(max(i * self.height - ys.start, 0), (i + 1) * self.height - ys.start),
                     slice(max(j * self.width - xs.start, 0), (j + 1) * self.width - xs.start),
                 )
-                if np.abs(whole.array[part]).sum() > _FEEBLE * np.abs(whole.array).sum():
-                    result = result.copy() if result is whole.array else result
-                    result[part] = draw(self.psf[i, j]).cropped(self.shape).array[part]
+                enough = np.abs(whole.array[part]).sum() > _FEEBLE * np.abs(whole.array).sum()
+                if enough and self._first[i, j] != own:
+                    result[part] = draw(self.psf[self._first[i, j]]).cropped(self.shape).array[part]
         return whole._replace(array=result)
 
     def point(self, y: float, x: float) -> Stamp:
-        """Return a point source of unit flux; it is 0 if its cell is missing."""
+        """Return a point source of unit flux."""
         iy, ix, half = round(y), round(x), self.psf.shape[-1] // 2
         return self.drawn(y, x, lambda psf: Stamp(iy - half, ix - half, shift_stamp(psf, x - ix, y - iy)))
 

@@ -130,7 +130,7 @@ def fit_pair(
         )
     best = min(fits, key=lambda fit: float(fit.cost))
     places, (rest, flux, _) = best.x.reshape(2, 2), solved(*best.x.tolist())
-    excess = coadd.noise_excess(coadd.psf[coadd.cell(*centre)])
+    excess = coadd.noise_excess(coadd.psf_at(*centre))
     gain = float(np.sum((weight * left) ** 2) - np.sum(rest**2))
     model = data - rest
     lit = model > _FOOTPRINT * model.max(initial=0.0)
