@@ -123,13 +123,14 @@ class Coadd:
         self.height, self.width = self.shape[0] // n_i, self.shape[1] // n_j
         self.fwhm = np.full((n_i, n_j), np.nan)
         self.kernels = np.full(psf.shape, np.nan)
-        self._first: dict[tuple[int, int], tuple[int, int]] = {}
+        # The cell whose PSF draws what is in a cell: the first with an equal one, or that of the nearest.
+        self._psf_cell: dict[tuple[int, int], tuple[int, int]] = {}
         done: dict[bytes, tuple[int, int]] = {}
         for i, j in np.ndindex(n_i, n_j):
             stamp = psf[i, j]
             if np.isfinite(stamp).all():
                 first = done.setdefault(stamp.tobytes(), (i, j))  # constant PSFs are common
-                self._first[i, j] = first
+                self._psf_cell[i, j] = first
                 if first == (i, j):
                     self.fwhm[i, j] = fwhm(stamp)
                     self.kernels[i, j] = carry_kernel(stamp, target_sigma)
@@ -140,7 +141,7 @@ class Coadd:
         if known.any():
             _, nearest = scipy.ndimage.distance_transform_edt(~known, return_indices=True)
             for i, j in np.argwhere(~known).tolist():
-                self._first[i, j] = self._first[tuple(nearest[:, i, j].tolist())]
+                self._psf_cell[i, j] = self._psf_cell[tuple(nearest[:, i, j].tolist())]
             self.fwhm[~known] = np.nanmedian(self.fwhm)
         self.good = np.isfinite(residual) & np.isfinite(variance) & (variance > 0.0)
         self.variance = np.where(self.good, variance, 0.0)
@@ -262,7 +263,7 @@ class Coadd:
 
     def psf_at(self, y: float, x: float) -> np.ndarray:
         """Return the PSF (k, k) at a position; in missing cells it is that of the nearest other cell."""
-        return self.psf[self._first[self.cell(y, x)]]
+        return self.psf[self._psf_cell[self.cell(y, x)]]
 
     def drawn(self, y: float, x: float, draw: Callable[[np.ndarray], Stamp]) -> Stamp:
         """Draw a source; each pixel of the result has the PSF of its own cell, as the data have.
@@ -279,7 +280,7 @@ class Coadd:
         source : `Stamp`
             The part of the source in the patch.
         """
-        own = self._first[self.cell(y, x)]
+        own = self._psf_cell[self.cell(y, x)]
         whole = draw(self.psf[own]).cropped(self.shape)
         ys, xs = whole.slices
         result = whole.array.copy()
@@ -290,8 +291,8 @@ class Coadd:
                     slice(max(j * self.width - xs.start, 0), (j + 1) * self.width - xs.start),
                 )
                 enough = np.abs(whole.array[part]).sum() > _FEEBLE * np.abs(whole.array).sum()
-                if enough and self._first[i, j] != own:
-                    result[part] = draw(self.psf[self._first[i, j]]).cropped(self.shape).array[part]
+                if enough and self._psf_cell[i, j] != own:
+                    result[part] = draw(self.psf[self._psf_cell[i, j]]).cropped(self.shape).array[part]
         return whole._replace(array=result)
 
     def point(self, y: float, x: float) -> Stamp:
