@@ -30,38 +30,41 @@ def carried(model_snr: float, true_snr: float, variance: float, noise: float = 1
     coadd = Coadd(model, SIGMA, left, np.full(SHAPE, noise**2), psf)
     n_good = np.full(SHAPE, 3)
     n_good[10, 12] = 0
-    result = prior_carried(model, np.full(SHAPE, variance * noise**2), n_good, coadd)
+    result = prior_carried(model, np.full(SHAPE, variance * noise**2), left, n_good, coadd)
     assert result[10, 12]
     result[10, 12] = False
     assert not result[:20].any()
     return result
 
 
-def test_faint_structure_that_the_variance_does_not_cover() -> None:
-    """Of a source of 5 sigma the prior has left nothing, and the variance plane says that nothing can be."""
+def test_light_that_the_image_lacks() -> None:
+    """Of a source of 5 sigma the prior has left nothing, or less than half, and the variance denies it."""
     assert carried(0.0, 5.0, 0.02**2)[39:43, 58:63].all()
-    assert carried(2.0, 5.0, 0.02**2)[41, 60]
+    assert carried(2.0, 5.0, 0.02**2)[39:43, 58:63].all()
 
 
-def test_what_the_variance_covers_or_the_data_show_is_not_marked() -> None:
-    assert not carried(0.0, 5.0, 0.5**2).any()
-    assert not carried(50.0, 50.0, 0.02**2)[39:43, 58:63].any()
-    assert not carried(0.0, 1.0, 1e-6).any()
+def test_what_the_image_has_is_not_marked() -> None:
+    assert not carried(5.0, 5.0, 0.02**2).any()
+    assert not carried(0.0, 1.0, 1e-6).any(), "noise of one sigma is not lost light"
+    assert not carried(8.0, 3.0, 0.02**2).any(), "the residual is negative"
+
+
+def test_the_foot_of_a_bright_star() -> None:
+    """The variance plane takes the image for certain where the light under the PSF is that of the star."""
+    mask = carried(50.0, 50.0, 0.02**2)
+    assert not mask[40:42, 59:62].any(), "the data show the star"
+    model = 50.0 * POINT_ERROR * gaussian_stars(SHAPE, [(60.3, 40.6, 1.0)], SIGMA)
+    np.testing.assert_array_equal(mask, (model > 0.06) & (model < 3.0))
+    assert mask.sum() > 10
+    assert not carried(50.0, 50.0, 1.0).any(), "no foot of 3 sigma is fainter than 3 times the noise"
 
 
 @pytest.mark.parametrize("noise", [1.0, 30.0])
 def test_the_brightness_that_is_compared_with_the_variance(noise: float) -> None:
     """A point of S/N 5 has a mean brightness of 5 (4 pi)^(-1/2) / s sigma under a Gaussian PSF of sigma s."""
     brightness = 5.0 / np.sqrt(4.0 * np.pi) / SEEING
-    assert carried(0.0, 5.0, (0.9 * brightness / 5.0) ** 2, noise)[41, 60]
-    assert not carried(0.0, 5.0, (1.1 * brightness / 5.0) ** 2, noise).any()
-
-
-def test_what_single_pixels_show_is_not_marked() -> None:
-    """The model has all of the light at a few pixels, each of which is above the noise."""
-    mask = carried(5.0, 5.0, 0.02**2)
-    assert not mask[40:42, 60:62].any()
-    assert mask[41, 57]
+    assert carried(0.0, 5.0, (0.9 * brightness) ** 2, noise)[41, 60]
+    assert not carried(0.0, 5.0, (1.1 * brightness) ** 2, noise).any()
 
 
 def test_bad_input() -> None:
@@ -69,4 +72,4 @@ def test_bad_input() -> None:
     zero = np.zeros(SHAPE)
     coadd = Coadd(zero, SIGMA, zero, np.ones(SHAPE), psf)
     with pytest.raises(ValueError, match="one shape"):
-        prior_carried(zero.T, zero, zero, coadd)
+        prior_carried(zero.T, zero, zero, zero, coadd)

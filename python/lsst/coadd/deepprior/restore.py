@@ -229,7 +229,7 @@ def assemble(
     covered = layers.n_good > 0
     plain = Coadd(image, sigma, layers.residual, layers.variance, layers.psf)
     plain = plain.correlated(block_correlation(data.sampling))
-    carried = prior_carried(image, variance, layers.n_good, plain)
+    carried = prior_carried(image, variance, layers.residual, layers.n_good, plain)
     fitted.times["total"] = time.monotonic() - fitted.started
     return Restoration(
         image=image,
