@@ -33,7 +33,7 @@ from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.observation_file import ObservationFile
 from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.simulate import Scene, SceneConfig
-from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddConfig
+from lsst.coadd.deepprior.tasks.deep_prior_coadd_config import DeepPriorCoaddConfig
 from lsst.coadd.deepprior.warp_streams import WarpHandles, cell_layout
 from lsst.coadd.deepprior.weights import packaged_network
 from lsst.daf.butler import Butler

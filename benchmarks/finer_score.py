@@ -257,7 +257,8 @@ def score_match(sources: Table, normal: Table, oversampling: int) -> list[tuple[
 
 def run_task(warps: Sequence[Warp], oversampling: int, start: str, target: float | None) -> dict[str, Any]:
     """Restore the visits of a scene and measure its sources with the tasks and their defaults."""
-    from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddConfig, DeepPriorCoaddTask
+    from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddTask
+    from lsst.coadd.deepprior.tasks.deep_prior_coadd_config import DeepPriorCoaddConfig
     from lsst.coadd.deepprior.tasks.finer_deep_prior_coadd import (
         FinerDeepPriorCoaddConfig,
         FinerDeepPriorCoaddTask,

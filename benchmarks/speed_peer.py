@@ -18,7 +18,7 @@ from methods import METHODS, peak_memory
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.parallel import use_threads
-from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddConfig
+from lsst.coadd.deepprior.tasks.deep_prior_coadd_config import DeepPriorCoaddConfig
 from lsst.coadd.deepprior.warp_streams import cell_layout
 from lsst.coadd.deepprior.warps import Warp
 from lsst.daf.butler import Butler

@@ -23,7 +23,7 @@ from lsst.coadd.deepprior.direct_warps import PatchGeometry
 from lsst.coadd.deepprior.exposures import to_exposure
 from lsst.coadd.deepprior.finer_skymap_dataset import register_finer_skymap
 from lsst.coadd.deepprior.simulate import Scene
-from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddConfig, DeepPriorCoaddConnections
+from lsst.coadd.deepprior.tasks.deep_prior_coadd_config import DeepPriorCoaddConfig, DeepPriorCoaddConnections
 from lsst.coadd.deepprior.tasks.direct_warp_inputs import select_visits
 from lsst.coadd.deepprior.tasks.plot_deep_prior_coadd import (
     PlotDeepPriorCoaddConfig,

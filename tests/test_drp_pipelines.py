@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from lsst.coadd.deepprior.tasks.deconvolve_with_deep_prior import MODEL_FWHM
-from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddConfig
+from lsst.coadd.deepprior.tasks.deep_prior_coadd_config import DeepPriorCoaddConfig
 from lsst.pex.config import Config, ConfigField, Field, RegistryField, makeRegistry
 from lsst.pipe.base import Pipeline
 from lsst.resources import ResourcePath

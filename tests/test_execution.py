@@ -27,7 +27,8 @@ from lsst.coadd.deepprior.groups import deal_splits
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.statistics import VisitSets
-from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddConfig, DeepPriorCoaddTask
+from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddTask
+from lsst.coadd.deepprior.tasks.deep_prior_coadd_config import DeepPriorCoaddConfig
 from lsst.coadd.deepprior.warps import Warp
 
 GIB = 2**30

@@ -19,7 +19,8 @@ import pytest
 from run_pipetask import QUICK, pipetask
 
 from lsst.coadd.deepprior.simulate import Scene
-from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddConfig, DeepPriorCoaddTask
+from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddTask
+from lsst.coadd.deepprior.tasks.deep_prior_coadd_config import DeepPriorCoaddConfig
 from lsst.coadd.deepprior.tasks.multiband_deep_prior_coadd import (
     DeepPriorMultibandCoaddConfig,
     DeepPriorMultibandCoaddTask,

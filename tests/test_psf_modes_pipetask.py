@@ -15,11 +15,8 @@ import pytest
 import yaml
 from run_pipetask import PIPELINE, QUICK, pipetask
 
-from lsst.coadd.deepprior.tasks.deep_prior_coadd import (
-    DeepPriorCoaddConfig,
-    DeepPriorCoaddConnections,
-    DeepPriorCoaddTask,
-)
+from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddTask
+from lsst.coadd.deepprior.tasks.deep_prior_coadd_config import DeepPriorCoaddConfig, DeepPriorCoaddConnections
 from lsst.coadd.deepprior.warps import Warp
 from lsst.daf.butler import Butler
 

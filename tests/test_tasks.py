@@ -32,11 +32,8 @@ from lsst.coadd.deepprior.network import Trunk
 from lsst.coadd.deepprior.network_dataset import network_to_dataset
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.observation_file import ObservationFile
-from lsst.coadd.deepprior.tasks.deep_prior_coadd import (
-    DeepPriorCoaddConfig,
-    DeepPriorCoaddConnections,
-    DeepPriorCoaddTask,
-)
+from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddTask
+from lsst.coadd.deepprior.tasks.deep_prior_coadd_config import DeepPriorCoaddConfig, DeepPriorCoaddConnections
 from lsst.coadd.deepprior.tasks.measure_deep_prior_coadd import (
     MeasureDeepPriorCoaddConfig,
     MeasureDeepPriorCoaddConnections,

@@ -35,7 +35,7 @@ from lsst.daf.butler import (
 
 from .ingest import DATASET_TYPE, DEFAULT_RUN, ingest_warp_files
 from .psf import target_sigma
-from .tasks.deep_prior_coadd import DeepPriorCoaddConfig
+from .tasks.deep_prior_coadd_config import DeepPriorCoaddConfig
 from .warp_streams import WarpHandles, WarpObservations, cell_layout
 from .warps import Warp
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..psf_refinement import PsfRefinement
     from ..restore import Restoration
     from ..weights import TrainedNetwork
-    from .deep_prior_coadd import DeepPriorCoaddConfig
+    from .deep_prior_coadd_config import DeepPriorCoaddConfig
 
 
 def restore_on_node(
@@ -50,7 +50,7 @@ def restore_on_node(
 
     Parameters
     ----------
-    config : `~lsst.coadd.deepprior.tasks.deep_prior_coadd.DeepPriorCoaddConfig`
+    config : `~lsst.coadd.deepprior.tasks.deep_prior_coadd_config.DeepPriorCoaddConfig`
         What may be used.
     log : `logging.Logger` or `logging.LoggerAdapter`
         Where to say what is used.
@@ -109,7 +109,7 @@ def run_on_node[T](
 
     Parameters
     ----------
-    config : `~lsst.coadd.deepprior.tasks.deep_prior_coadd.DeepPriorCoaddConfig`
+    config : `~lsst.coadd.deepprior.tasks.deep_prior_coadd_config.DeepPriorCoaddConfig`
         What may be used.
     log : `logging.Logger` or `logging.LoggerAdapter`
         Where to say what is used.
@@ -165,7 +165,7 @@ def refined_observations(
 
     Parameters
     ----------
-    config : `~lsst.coadd.deepprior.tasks.deep_prior_coadd.DeepPriorCoaddConfig`
+    config : `~lsst.coadd.deepprior.tasks.deep_prior_coadd_config.DeepPriorCoaddConfig`
         What is known of the PSFs.
     observations, layout, device, progress
         As in `~lsst.coadd.deepprior.psf_refinement.refine_psfs`.

@@ -19,7 +19,8 @@ from lsst.pipe.base.connectionTypes import Input
 from ..finer_skymap_dataset import FINER_SKYMAP_DATASET_TYPE, FINER_SKYMAP_STORAGE_CLASS
 from ..finer_warps import FinerWarps
 from ..warps import Warp
-from .deep_prior_coadd import DeepPriorCoaddConfig, DeepPriorCoaddConnections, DeepPriorCoaddTask
+from .deep_prior_coadd import DeepPriorCoaddTask
+from .deep_prior_coadd_config import DeepPriorCoaddConfig, DeepPriorCoaddConnections
 from .finer_inputs import FinerConfig, look_up_in_normal_skymap
 
 if TYPE_CHECKING:

@@ -36,13 +36,8 @@ from ..colour_picture import in_order
 from ..fit_checkpoint import FitCheckpoint, checkpoint_file
 from ..warp_streams import cell_layout
 from ..warps import Warp
-from .deep_prior_coadd import (
-    BandInputs,
-    DeepPriorCoaddConfig,
-    DeepPriorCoaddConnections,
-    DeepPriorCoaddTask,
-    visit_psf_refs,
-)
+from .deep_prior_coadd import BandInputs, DeepPriorCoaddTask, visit_psf_refs
+from .deep_prior_coadd_config import DeepPriorCoaddConfig, DeepPriorCoaddConnections
 from .direct_warp_inputs import read_warps
 from .execution import open_checkpoint, refined_observations, run_on_node
 
