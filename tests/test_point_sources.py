@@ -12,6 +12,7 @@ import pytest
 import torch
 from toy import gaussian_stars, observe
 
+from lsst.coadd.deepprior import point_sources as module
 from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
@@ -97,6 +98,31 @@ def test_close_stars_are_fitted_together() -> None:
     np.testing.assert_allclose(points.flux[order], [flux for _, _, flux in stars], rtol=0.03)
     np.testing.assert_allclose(points.x[order] - MARGIN, [x for x, _, _ in stars], atol=0.06)
     np.testing.assert_allclose(points.y[order] - MARGIN, [y for _, y, _ in stars], atol=0.06)
+
+
+def test_a_dense_field_is_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All stars are linked; parts of at most 5, each with those around it, give what one large fit does."""
+    rng = np.random.default_rng(4)
+    places = [(x, y) for x in range(8, 68, 7) for y in range(9, 50, 7)]
+    stars = [(*(np.array(p) + rng.uniform(-1.0, 1.0, 2)), rng.uniform(2000.0, 9000.0)) for p in places]
+    visits = observe(LAYOUT, stars, SEEING, seed=6)
+    _, _, whole = _points(visits)
+    assert len(whole.flux) == len(stars)
+    sizes = []
+
+    def noted(canvas: object, points: np.ndarray, *images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sizes.append(len(points))
+        return equations(canvas, points, *images)
+
+    equations = module._equations
+    monkeypatch.setattr(module, "_LARGEST", 5)
+    monkeypatch.setattr(module, "_equations", noted)
+    _, _, parts = _points(visits)
+    assert max(sizes) < len(stars)
+    # Standard errors are some .01 pixels and a third of a per cent of the fluxes and more.
+    np.testing.assert_allclose(parts.x, whole.x, atol=1e-3)
+    np.testing.assert_allclose(parts.y, whole.y, atol=1e-3)
+    np.testing.assert_allclose(parts.flux, whole.flux, rtol=1e-3)
 
 
 def test_a_saturated_star_gets_its_flux_from_its_wings() -> None:

@@ -20,10 +20,9 @@ from __future__ import annotations
 __all__ = ("PointSources", "point_sources")
 
 import dataclasses
-import functools
-import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import scipy.ndimage
@@ -68,6 +67,14 @@ _UNDER = 0.25
 
 _LINK = 1.5
 """Points closer than this, in units of the median FWHM, are fitted together."""
+
+_LARGEST = 40
+"""Number of points that are at most fitted together, but for those around them: the work grows with its
+cube. In the densest fields all points of a patch are linked."""
+
+_AROUND = 3.0
+"""Distance, in units of the median FWHM, of the points around those that are fitted with them: farther ones
+hardly matter."""
 
 _MAX_SHIFT = 1.5
 """Distance in pixels that a point may move from its peak."""
@@ -219,7 +226,7 @@ def point_sources(
         if len(points) == 0:
             break
         rest = _rest(canvas, points, peaks)
-        groups = _groups(points, _LINK * canvas.seeing)
+        groups = _groups(points, canvas.seeing)
         for least in _PSF_ERRORS if number == 0 else (0.0,):
             canvas.linearise(canvas.model(rest, points), max(least, data.psf_error))
             for _ in range(_N_STEPS):
@@ -286,42 +293,64 @@ def _rest(canvas: _Canvas, points: np.ndarray, peaks: np.ndarray) -> np.ndarray:
     return rest
 
 
-def _groups(points: np.ndarray, distance: float) -> list[np.ndarray]:
-    """Return the indices of points that are linked by steps of at most some distance."""
-    pairs = scipy.spatial.cKDTree(points[:, 1:]).query_pairs(distance, output_type="ndarray")
+class _Group(NamedTuple):
+    """Points that are fitted together: first ``n_own`` of its own, then those around them."""
+
+    members: np.ndarray
+    n_own: int
+
+
+def _groups(points: np.ndarray, seeing: float) -> list[_Group]:
+    """Divide points (point, 3) into groups linked by steps of at most `_LINK`; large ones are cut."""
+    places = points[:, 1:]
+    pairs = scipy.spatial.cKDTree(places).query_pairs(_LINK * seeing, output_type="ndarray")
     links = scipy.sparse.coo_array((np.ones(len(pairs)), tuple(pairs.T)), shape=(len(points),) * 2)
     n_groups, labels = scipy.sparse.csgraph.connected_components(links, directed=False)
     order = np.argsort(labels, kind="stable")
-    return np.split(order, np.searchsorted(labels[order], np.arange(1, n_groups)))
+    result = []
+    for linked in np.split(order, np.searchsorted(labels[order], np.arange(1, n_groups))):
+        tree = scipy.spatial.cKDTree(places[linked])
+        for own in _cut(places, linked):
+            near = tree.query_ball_point(places[own], _AROUND * seeing)
+            around = linked[np.unique(np.concatenate(near)).astype(int)]
+            result.append(_Group(np.concatenate([own, np.setdiff1d(around, own)]), len(own)))
+    return result
 
 
-@functools.lru_cache(maxsize=8)
-def _lags(n: int) -> np.ndarray:
-    """Return the differences of the pixels of a stamp, (n^2, n^2, 2)."""
-    pixels = np.argwhere(np.ones((n, n)))
-    return pixels[:, None] - pixels
+def _cut(places: np.ndarray, members: np.ndarray) -> list[np.ndarray]:
+    """Halve a group along its longer axis until no part has more points than `_LARGEST`."""
+    if len(members) <= _LARGEST:
+        return [members]
+    axis = int(np.ptp(places[members], axis=0).argmax())
+    members = members[np.argsort(places[members, axis], kind="stable")]
+    middle = len(members) // 2
+    return _cut(places, members[:middle]) + _cut(places, members[middle:])
+
+
+def _products(padded: np.ndarray, n: int, shift: tuple[int, int]) -> np.ndarray:
+    """Return the values of a kernel, padded by twice n - 1, between the pixels of two stamps of width n."""
+    y, x = (s + len(padded) // 2 - (n - 1) for s in shift)
+    if not (0 <= min(y, x) and max(y, x) + 2 * n - 1 <= len(padded)):
+        return np.zeros((n**2, n**2))
+    # Element (i, j, k, l) of all windows is pixel (i + k, j + l); turned round, the lags are i - k and j - l.
+    windows = np.lib.stride_tricks.sliding_window_view(padded[y : y + 2 * n - 1, x : x + 2 * n - 1], (n, n))
+    return windows[:, :, ::-1, ::-1].reshape(n**2, n**2)
 
 
 def _normal_matrix(
     canvas: _Canvas, templates: list[Template], points: np.ndarray, coverage: np.ndarray
 ) -> np.ndarray:
     """Return T^T A T of a group, (6 point, 6 point), with A reduced to what has data on both sides."""
-    reduced = [t._replace(images=t.images * np.sqrt(t.cut(coverage))) for t in templates]
-    lags = _lags(templates[0].images.shape[-1])
+    reduced = [(t.images * np.sqrt(t.cut(coverage))).reshape(6, -1) for t in templates]
+    n = templates[0].images.shape[-1]
     matrix = np.zeros((6 * len(templates),) * 2)
-    for a, b in itertools.product(range(len(templates)), repeat=2):
-        if b > a:
-            continue
-        kernel = canvas.gram_of(points[a, 2], points[a, 1])
-        half = kernel.shape[-1] // 2
-        shift = (templates[a].y0 - templates[b].y0, templates[a].x0 - templates[b].x0)
-        index = lags + shift + half
-        inside = ((index >= 0) & (index <= 2 * half)).all(axis=-1)
-        index = np.where(inside[..., None], index, 0)
-        gram = np.where(inside, kernel[index[..., 0], index[..., 1]], 0.0)
-        block = reduced[a].images.reshape(6, -1) @ gram @ reduced[b].images.reshape(6, -1).T
-        matrix[6 * a : 6 * a + 6, 6 * b : 6 * b + 6] = block
-        matrix[6 * b : 6 * b + 6, 6 * a : 6 * a + 6] = block.T
+    for a, one in enumerate(templates):
+        padded = np.pad(canvas.gram_of(points[a, 2], points[a, 1]), 2 * (n - 1))
+        for b, other in enumerate(templates[: a + 1]):
+            gram = _products(padded, n, (one.y0 - other.y0, one.x0 - other.x0))
+            block = reduced[a] @ gram @ reduced[b].T
+            matrix[6 * a : 6 * a + 6, 6 * b : 6 * b + 6] = block
+            matrix[6 * b : 6 * b + 6, 6 * a : 6 * a + 6] = block.T
     return matrix
 
 
@@ -347,7 +376,7 @@ def _moved(
     canvas: _Canvas,
     points: np.ndarray,
     peaks: np.ndarray,
-    groups: list[np.ndarray],
+    groups: list[_Group],
     gradient: np.ndarray,
     coverage: np.ndarray,
 ) -> np.ndarray:
@@ -356,9 +385,9 @@ def _moved(
     The second moments are fitted too, with the errors of the PSF as their prior, and then left out, so that
     the flux is not wrong where the PSF is too wide.
     """
-    points = points.copy()
+    moved = points.copy()
     variance = _moment_variance(canvas)
-    for members in groups:
+    for members, n_own in groups:
         matrix, right = _equations(canvas, points[members], gradient, coverage)
         for place, excess in enumerate(canvas.excess_at(points[members])):
             moments = np.arange(3, 6)
@@ -366,15 +395,15 @@ def _moved(
             matrix[place, moments, place, moments] += excess / max(variance, 1e-12)
         size = 6 * len(members)
         step = np.linalg.pinv(matrix.reshape(size, size), hermitian=True) @ right.ravel()
-        step = step.reshape(-1, 6)[:, _PARAMETERS]
-        points[members, 0] *= 1.0 + np.clip(step[:, 0], -0.5, 1.0)
-        points[members, 1:] += np.clip(step[:, 1:], -0.5, 0.5)
-    points[:, 1:] = peaks[:, ::-1] + np.clip(points[:, 1:] - peaks[:, ::-1], -_MAX_SHIFT, _MAX_SHIFT)
-    return points
+        own, step = members[:n_own], step.reshape(-1, 6)[:n_own, _PARAMETERS]
+        moved[own, 0] *= 1.0 + np.clip(step[:, 0], -0.5, 1.0)
+        moved[own, 1:] += np.clip(step[:, 1:], -0.5, 0.5)
+    moved[:, 1:] = peaks[:, ::-1] + np.clip(moved[:, 1:] - peaks[:, ::-1], -_MAX_SHIFT, _MAX_SHIFT)
+    return moved
 
 
 def _insignificant(
-    canvas: _Canvas, points: np.ndarray, groups: list[np.ndarray], model: torch.Tensor
+    canvas: _Canvas, points: np.ndarray, groups: list[_Group], model: torch.Tensor
 ) -> np.ndarray:
     """Tell which points leave nothing significant in the data, (point,) bool."""
     data = canvas.data
@@ -385,12 +414,12 @@ def _insignificant(
     moment_error = _moment_variance(canvas) * np.eye(3)
     reach = math.ceil(canvas.seeing)
     stays = np.zeros(len(points), dtype=bool)
-    for members in groups:
+    for members, n_own in groups:
         matrix, right = _equations(canvas, points[members], gradient, coverage)
         k = 3 * len(members)
         inverse = np.linalg.pinv(matrix[:, _PARAMETERS][..., _PARAMETERS].reshape(k, k), hermitian=True)
         for place, (member, excess) in enumerate(
-            zip(members, canvas.excess_at(points[members]), strict=True)
+            zip(members[:n_own], canvas.excess_at(points[members[:n_own]]), strict=True)
         ):
             _, x, y = points[member]
             cross = matrix[place, _MOMENTS][..., _PARAMETERS].reshape(3, k) @ inverse
