@@ -103,9 +103,10 @@ def test_close_stars_are_fitted_together() -> None:
 def test_a_dense_field_is_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """All stars are linked; parts of at most 5, each with those around it, give what one large fit does."""
     rng = np.random.default_rng(4)
-    places = [(x, y) for x in range(8, 68, 7) for y in range(9, 50, 7)]
-    stars = [(*(np.array(p) + rng.uniform(-1.0, 1.0, 2)), rng.uniform(2000.0, 9000.0)) for p in places]
+    places = [(x, y) for x in range(8, 68, 6) for y in range(9, 45, 6)]
+    stars = [(*(np.array(p) + rng.uniform(-0.5, 0.5, 2)), rng.uniform(2000.0, 9000.0)) for p in places]
     visits = observe(LAYOUT, stars, SEEING, seed=6)
+    monkeypatch.setattr(module, "_LARGEST", 1000)
     _, _, whole = _points(visits)
     assert len(whole.flux) == len(stars)
     sizes = []
