@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.signal
 
+from lsst.coadd.deepprior import joint_fit
 from lsst.coadd.deepprior.joint_fit import Coadd, JointFit, Stamp, slope
 from lsst.coadd.deepprior.psf import gaussian_stamp
 
@@ -66,6 +67,19 @@ def test_normal_equations_are_those_of_dense_matrices(correlated: bool) -> None:
         smooth = np.stack([scipy.signal.convolve2d(one, CORRELATION, mode="same") for one in scaled])
     noise = np.einsum("kyx,lyx->kl", scaled, smooth)
     np.testing.assert_allclose(fit.noise.toarray() / scale, noise / scale, atol=4e-7)
+
+
+def test_errors_in_a_dense_field_are_found_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All templates are linked: the neighbours double errors and more, and what is farther adds little."""
+    rng = np.random.default_rng(5)
+    coadd = make_coadd(rng.normal(size=SHAPE), rng, CORRELATION)
+    points = [coadd.point(y, x) for y in np.arange(5.3, 45.0, 2.6) for x in np.arange(4.6, 60.0, 2.6)]
+    fit = JointFit.of([*points, *(slope(p, axis) for axis in (0, 1) for p in points)], coadd)
+    whole = fit.errors()
+    alone = np.sqrt(fit.noise.diagonal()) / fit.normal.diagonal()
+    assert np.median(whole / alone) > 1.5
+    monkeypatch.setattr(joint_fit, "_LARGEST", 80)
+    np.testing.assert_allclose(fit.errors(), whole, rtol=0.02)
 
 
 def test_wings_of_a_bright_star_are_not_given_to_a_faint_one() -> None:

@@ -11,6 +11,7 @@ __all__ = ("Coadd", "JointFit", "Stamp", "normal_equations", "render", "slope", 
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,15 @@ from .psf import carry_kernel, convolve_full, fwhm, shift_stamp
 _NEGLIGIBLE = 1e-7
 """Correlation of two templates below which they have nothing in common: what is left of a star of S/N 5000,
 as bright as one can be without saturation, is less than a thousandth of the error of another source then."""
+
+_LINKED = 0.01
+"""Correlation of two templates above which their errors depend on each other."""
+
+_LARGEST = 2000
+"""Number of linked templates whose errors are found together: the work grows with its cube."""
+
+_STEPS = 2
+"""Links around some templates within which others are fitted with them for their errors."""
 
 _FEEBLE = 1e-3
 """Part of the light of a source below which that in another cell is drawn with the PSF of its own."""
@@ -358,18 +368,43 @@ class JointFit:
     def errors(self) -> np.ndarray:
         """Return standard errors, the root of the diagonal of ``N^-1 M N^-1``.
 
-        Templates whose correlation is below 1 % are taken as independent.
+        Templates whose correlation is below `_LINKED` are taken as independent. Where more than `_LARGEST`
+        are linked, the errors of some at a time are those in a fit of them and of what is within `_STEPS`
+        links of them.
         """
-        n, labels = scipy.sparse.csgraph.connected_components(abs(self.correlation()) > 0.01, directed=False)
+        n, labels = scipy.sparse.csgraph.connected_components(self._linked(), directed=False)
         variance = np.empty(len(labels))
         order = np.argsort(labels, kind="stable")
         normal, noise = self.normal[order][:, order], self.noise[order][:, order]
         ends = np.searchsorted(labels[order], np.arange(n), side="right")
         for members in map(slice, [0, *ends[:-1]], ends):
-            inverse = np.linalg.pinv(normal[members, members].toarray(), hermitian=True)
-            part = inverse @ noise[members, members].toarray()
-            variance[order[members]] = np.einsum("ij,ji->i", part, inverse)
+            part = JointFit(normal[members, members], np.zeros(0), noise[members, members])
+            variance[order[members]] = part._variances()
         return np.sqrt(np.maximum(variance, 0.0))
+
+    def _linked(self) -> scipy.sparse.csr_array:
+        """Return which templates are linked, (template, template), bool."""
+        return abs(self.correlation()) > _LINKED
+
+    def _variances(self) -> np.ndarray:
+        """Return the diagonal of ``N^-1 M N^-1`` of templates that are linked."""
+        n = self.normal.shape[0]
+        if n <= _LARGEST:
+            inverse = np.linalg.pinv(self.normal.toarray(), hermitian=True)
+            return np.einsum("ij,ji->i", inverse @ self.noise.toarray(), inverse)
+        linked = self._linked()
+        order = scipy.sparse.csgraph.reverse_cuthill_mckee(linked, symmetric_mode=True)
+        variance = np.empty(n)
+        for own in np.array_split(order, math.ceil(4 * n / _LARGEST)):
+            near = np.zeros(n, dtype=bool)
+            near[own] = True
+            for _ in range(_STEPS):
+                near |= linked @ near
+            among = np.flatnonzero(near)
+            inverse = np.linalg.pinv(self.normal[among][:, among].toarray(), hermitian=True)
+            inverse = inverse[np.searchsorted(among, own)]
+            variance[own] = ((inverse @ self.noise[among][:, among].toarray()) * inverse).sum(axis=1)
+        return variance
 
 
 def normal_equations(templates: Sequence[Stamp], coadd: Coadd) -> JointFit:
