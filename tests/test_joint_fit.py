@@ -70,7 +70,7 @@ def test_normal_equations_are_those_of_dense_matrices(correlated: bool) -> None:
 
 
 def test_errors_in_a_dense_field_are_found_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All templates are linked: the neighbours double errors and more, and what is farther adds little."""
+    """All templates are linked: neighbours make errors half as large again; those beyond do little."""
     rng = np.random.default_rng(5)
     coadd = make_coadd(rng.normal(size=SHAPE), rng, CORRELATION)
     points = [coadd.point(y, x) for y in np.arange(5.3, 45.0, 2.6) for x in np.arange(4.6, 60.0, 2.6)]

@@ -347,10 +347,7 @@ class JointFit:
 
     def correlation(self) -> scipy.sparse.csr_array:
         """Return the correlations of the templates off the diagonal."""
-        scale = scipy.sparse.diags_array(1.0 / np.sqrt(self.normal.diagonal()))
-        result = (scale @ self.normal @ scale).tocsr()
-        result.setdiag(0.0)
-        return result
+        return _correlation(self.normal)
 
     def solution(self) -> np.ndarray:
         """Return the parameters that fit best."""
@@ -372,39 +369,45 @@ class JointFit:
         are linked, the errors of some at a time are those in a fit of them and of what is within `_STEPS`
         links of them.
         """
-        n, labels = scipy.sparse.csgraph.connected_components(self._linked(), directed=False)
+        n, labels = scipy.sparse.csgraph.connected_components(
+            abs(self.correlation()) > _LINKED, directed=False
+        )
         variance = np.empty(len(labels))
         order = np.argsort(labels, kind="stable")
         normal, noise = self.normal[order][:, order], self.noise[order][:, order]
         ends = np.searchsorted(labels[order], np.arange(n), side="right")
         for members in map(slice, [0, *ends[:-1]], ends):
-            part = JointFit(normal[members, members], np.zeros(0), noise[members, members])
-            variance[order[members]] = part._variances()
+            variance[order[members]] = _variances(normal[members, members], noise[members, members])
         return np.sqrt(np.maximum(variance, 0.0))
 
-    def _linked(self) -> scipy.sparse.csr_array:
-        """Return which templates are linked, (template, template), bool."""
-        return abs(self.correlation()) > _LINKED
 
-    def _variances(self) -> np.ndarray:
-        """Return the diagonal of ``N^-1 M N^-1`` of templates that are linked."""
-        n = self.normal.shape[0]
-        if n <= _LARGEST:
-            inverse = np.linalg.pinv(self.normal.toarray(), hermitian=True)
-            return np.einsum("ij,ji->i", inverse @ self.noise.toarray(), inverse)
-        linked = self._linked()
-        order = scipy.sparse.csgraph.reverse_cuthill_mckee(linked, symmetric_mode=True)
-        variance = np.empty(n)
-        for own in np.array_split(order, math.ceil(4 * n / _LARGEST)):
-            near = np.zeros(n, dtype=bool)
-            near[own] = True
-            for _ in range(_STEPS):
-                near |= linked @ near
-            among = np.flatnonzero(near)
-            inverse = np.linalg.pinv(self.normal[among][:, among].toarray(), hermitian=True)
-            inverse = inverse[np.searchsorted(among, own)]
-            variance[own] = ((inverse @ self.noise[among][:, among].toarray()) * inverse).sum(axis=1)
-        return variance
+def _correlation(normal: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+    """Return the correlations of templates with some normal matrix, 0 on the diagonal."""
+    scale = scipy.sparse.diags_array(1.0 / np.sqrt(normal.diagonal()))
+    result = (scale @ normal @ scale).tocsr()
+    result.setdiag(0.0)
+    return result
+
+
+def _variances(normal: scipy.sparse.csr_array, noise: scipy.sparse.csr_array) -> np.ndarray:
+    """Return the diagonal of ``N^-1 M N^-1`` of templates that are linked."""
+    n = normal.shape[0]
+    if n <= _LARGEST:
+        inverse = np.linalg.pinv(normal.toarray(), hermitian=True)
+        return np.einsum("ij,ji->i", inverse @ noise.toarray(), inverse)
+    linked = abs(_correlation(normal)) > _LINKED
+    order = scipy.sparse.csgraph.reverse_cuthill_mckee(linked, symmetric_mode=True)
+    variance = np.empty(n)
+    for own in np.array_split(order, math.ceil(4 * n / _LARGEST)):
+        near = np.zeros(n, dtype=bool)
+        near[own] = True
+        for _ in range(_STEPS):
+            near |= linked @ near
+        among = np.flatnonzero(near)
+        inverse = np.linalg.pinv(normal[among][:, among].toarray(), hermitian=True)
+        inverse = inverse[np.searchsorted(among, own)]
+        variance[own] = ((inverse @ noise[among][:, among].toarray()) * inverse).sum(axis=1)
+    return variance
 
 
 def normal_equations(templates: Sequence[Stamp], coadd: Coadd) -> JointFit:
