@@ -25,18 +25,65 @@ images = [np.ones(2**22) for _ in range(8)]
 last = np.ones(2**22)  # lies behind the others
 del images
 kept = resident()
+give_freed_memory_back(beyond=2**40)
+print(kept - before, resident() - before, end=" ")
 give_freed_memory_back()
-print(kept - before, resident() - before, last.sum())
+print(resident() - before, last.sum(), end=" ")
+images = [np.ones(2**22) for _ in range(8)]
+del images
+give_freed_memory_back(beyond=2**27)
+print(resident() - before)
+"""
+
+PASS = """
+import numpy as np
+from lsst.coadd.deepprior.observation import Observation
+from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.parallel import keep_freed_memory
+from lsst.coadd.deepprior.patch_data import PatchData
+from lsst.coadd.deepprior.psf import gaussian_stamp
+
+keep_freed_memory()
+shape = (80, 60)
+layout = CellLayout(4, 3, 20, 20)
+stamp = np.broadcast_to(gaussian_stamp(1.7, 21), (4, 3, 21, 21))
+ones = np.ones(shape, dtype=np.float32)
+data = PatchData([Observation(ones, ones, ones > 0, stamp, (0, 0), "visit")] * 3, layout, 0.8)
+for index, _ in data.visits():
+    with open("/proc/self/statm") as file:
+        print(4096 * int(file.read().split()[1]), end=" ")
+    if index == 1:
+        images = [np.ones(2**22) for _ in range(16)]
+        last = np.ones(2**22)  # lies behind the others
+        del images
 """
 
 
-@pytest.mark.skipif(
+needs_glibc = pytest.mark.skipif(
     not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "malloc_trim"),
     reason="needs glibc",
 )
+
+
+@needs_glibc
 def test_freed_memory_is_kept_until_it_is_given_back() -> None:
     """Nine images of 32 MiB, of which one is left."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    kept, left, _ = (float(word) for word in done.stdout.split())
+    kept, still, left, _, again = _printed(SCRIPT)
     assert kept > 8.5 * 2**25
+    assert still > 8.5 * 2**25
     assert left < 1.5 * 2**25
+    assert again < 1.5 * 2**25
+
+
+@needs_glibc
+def test_memory_that_work_on_a_visit_has_freed_is_given_back() -> None:
+    """17 images of 32 MiB in the second of three visits, of which one is left."""
+    first, second, third = _printed(PASS)
+    assert second - first < 2**24
+    assert third - second < 1.5 * 2**25
+
+
+def _printed(script: str) -> list[float]:
+    """Return the numbers that a script prints."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return [float(word) for word in done.stdout.split()]

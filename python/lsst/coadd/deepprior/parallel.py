@@ -26,6 +26,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -37,6 +38,9 @@ _asked: list[int] = []
 
 _BLOCK_PIXELS = 2**17
 """Number of pixels of a block of rows."""
+
+_left_resident = 0
+"""Bytes of memory that the process had after `give_freed_memory_back`."""
 
 
 def in_parallel[T](function: Callable[[T], None], parts: Sequence[T], like: torch.Tensor) -> None:
@@ -137,13 +141,32 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def give_freed_memory_back() -> None:
+def give_freed_memory_back(beyond: float = 0.0) -> None:
     """Have glibc give back to the system what it has kept of freed memory, where there is glibc.
 
     Between two phases of a restoration, so that what one has left in pieces is not added to what the next one
-    needs.
+    needs; and within a long phase now and then, since whatever small thing is kept in the place of a freed
+    image has the next image come from the system.
+
+    Parameters
+    ----------
+    beyond : `float`, optional
+        Bytes by which the process must have grown since it was done last, otherwise nothing is done: to get
+        memory from the system again takes time.
     """
+    global _left_resident
+    if beyond > 0.0 and _resident() < _left_resident + beyond:
+        return
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
         return
+    _left_resident = _resident()
+
+
+def _resident() -> int:
+    """Return the bytes of memory that the process has, 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0

@@ -21,7 +21,7 @@ import torch.nn.functional
 from .groups import deal_groups, lower_median, median_of
 from .observation import Observation
 from .operators import CellConvolution, CellLayout, gram_kernels
-from .parallel import by_rows
+from .parallel import by_rows, give_freed_memory_back
 from .psf import data_kernel
 from .statistics import SetStatistics, StatisticsSums, VisitSets, VisitTensors
 
@@ -30,6 +30,10 @@ _KERNEL_CACHE_BYTES = 256 * 2**20
 
 _OPERATOR_CACHE_BYTES = 128 * 2**20
 """The same for their transfer functions, which take more."""
+
+_FREED_IMAGES, _FREED_BYTES = 64, 2**28
+"""Growth of the process, in images of the canvas and at least in bytes, from which freed memory is given back
+between two visits: twice what the work on one needs."""
 
 
 class NothingToRestoreError(ValueError):
@@ -278,7 +282,9 @@ class PatchData:
 
     def read(self, indices: Sequence[int]) -> Iterator[tuple[int, Observation, VisitTensors]]:
         """Iterate over some visits, one in memory at a time."""
+        images = _FREED_IMAGES * self.dtype.itemsize * self.shape[0] * self.shape[1]
         for index in indices:
+            give_freed_memory_back(beyond=max(images, _FREED_BYTES))
             observation = self.observations[index]
             yield index, observation, self._tensors(index, observation)
 
