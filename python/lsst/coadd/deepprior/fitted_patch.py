@@ -200,6 +200,7 @@ class FittedPatch:
         """
         give_freed_memory_back()
         noisy = draw_noise(self.data, self.sets, latent, seed, correlations)
+        give_freed_memory_back()
         steps = math.ceil(_DRAW_STEPS * self.settings.base_steps)
         solution = maximum_likelihood(noisy, self.sets, steps=steps)
         features = encoder_features(solution)[0]

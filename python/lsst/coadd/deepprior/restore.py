@@ -189,6 +189,7 @@ def restore(
     correlations = visit_correlations(data, latent, observations)
     variance, draws, residual_draws = _variance(fitted, correlations, progress)
     times["noise"] = time.monotonic() - mark
+    give_freed_memory_back()
     mark = time.monotonic()
     leakage = _leakage(fitted, correlations, draws[0]) if settings.check_psf else []
     times["psf"] = time.monotonic() - mark
