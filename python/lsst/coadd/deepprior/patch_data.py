@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional
 
+from .gaps import between_samples, filled_from_neighbours
 from .groups import deal_groups, lower_median, median_of
 from .observation import Observation
 from .operators import CellConvolution, CellLayout, gram_kernels
@@ -477,32 +478,15 @@ class PatchData:
             ]
         )
         if self.sampling > 1:
-            median = self._interpolated(median)
+            median = between_samples(median, self.sampling)
         ny, nx = self.layout.shape
         patch = median[:, self.margin : self.margin + ny, self.margin : self.margin + nx]
-        for _ in range(self.margin):
-            if not bool(patch.isnan().any()):
-                break
-            filled = torch.nn.functional.max_pool2d(patch.nan_to_num(-torch.inf), 3, stride=1, padding=1)
-            patch[...] = torch.where(patch.isnan() & filled.isfinite(), 0.75 * filled, patch)
+        patch[...] = filled_from_neighbours(patch, self.margin)
         return median.nan_to_num(0.0)
-
-    def _interpolated(self, images: torch.Tensor) -> torch.Tensor:
-        """Interpolate between the pixels that visits have, linearly along both axes; NaN far from them."""
-        step = self.sampling
-        # The pixel of the visit is centred at its fine pixel or, with an even step, half a pixel beyond it.
-        distance = torch.arange(step, -step - 1, -1, dtype=self.dtype, device=self.device)
-        row = (1.0 - (distance - 0.5 * ((step - 1) % 2)).abs() / step).clamp_min(0.0)
-        kernel = torch.outer(row, row)[None, None]
-        values, weights = (
-            torch.nn.functional.conv2d(image[:, None], kernel, padding=step)[:, 0]
-            for image in (images.nan_to_num(0.0), images.isfinite().to(self.dtype))
-        )
-        return torch.where(weights > 0.0, values / weights, torch.nan)
 
     def without_gaps(self, statistics: SetStatistics) -> SetStatistics:
         """Fill the coadds of sets between the pixels that visits have."""
         if self.sampling == 1:
             return statistics
         seen = torch.where(statistics.sets.depth > 0, statistics.coadd, torch.nan)
-        return dataclasses.replace(statistics, coadd=self._interpolated(seen).nan_to_num(0.0))
+        return dataclasses.replace(statistics, coadd=between_samples(seen, self.sampling).nan_to_num(0.0))
