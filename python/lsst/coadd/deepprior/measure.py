@@ -54,13 +54,18 @@ _COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
     "flux_err": (
         float,
         u.nJy,
-        "Standard error of flux: noise of the data with its covariance, positions, neighbours, and "
-        "flux_template_err.",
+        "Standard error of flux: noise of the data with its covariance, positions, neighbours, "
+        "flux_template_err and flux_confusion_err.",
     ),
     "flux_template_err": (
         float,
         u.nJy,
         "Part of flux_err from what is not known of the shapes of the source and of its neighbours.",
+    ),
+    "flux_confusion_err": (
+        float,
+        u.nJy,
+        "Part of flux_err from sources too faint to be found, whose light scatters at blank places.",
     ),
     "flux_sys_err": (
         float,
@@ -271,6 +276,7 @@ def _columns_of(
         "flux": flux,
         "flux_err": fit.errors(),
         "flux_template_err": np.zeros(n),
+        "flux_confusion_err": np.zeros(n),
         "flag_extended": np.zeros(n, dtype=bool),
         "flag_residual_only": np.arange(n) >= len(pieces),
     }
@@ -314,6 +320,7 @@ def _with_profiles(
         ("flux", found.flux),
         ("flux_err", found.error),
         ("flux_template_err", found.shape_error),
+        ("flux_confusion_err", found.confusion_error),
         ("flag_extended", found.extended),
     ):
         columns[name][: len(values)] = values

@@ -17,6 +17,7 @@ import numpy as np
 import scipy.ndimage
 import scipy.sparse
 
+from .confusion import confusion_error, unseen_light
 from .fitted_source import MAX_WIDTH, POSITION_STEP, Source
 from .galaxy_profiles import GalaxyShape
 from .joint_fit import Coadd, JointFit, Stamp, normal_equations, render, slope
@@ -65,6 +66,9 @@ class SourceFit:
         not known of them, and for galaxies whose model leaves more than noise (a galaxy need not be an
         ellipse) what scales the error by the root of the reduced chi-square (as Particle Data Group 2024,
         section 5.2.2).
+    confusion_error : `numpy.ndarray`
+        The part of the errors that comes from sources too faint to be found (see
+        `~lsst.coadd.deepprior.confusion`).
     y, x, y_err, x_err : `numpy.ndarray`
         Positions in the array of the patch and their standard errors, in pixels.
     extended : `numpy.ndarray`, bool
@@ -83,6 +87,7 @@ class SourceFit:
     flux: np.ndarray
     error: np.ndarray
     shape_error: np.ndarray
+    confusion_error: np.ndarray
     y: np.ndarray
     x: np.ndarray
     y_err: np.ndarray
@@ -145,7 +150,7 @@ def fit_sources(
     if not sources:
         none = np.zeros(0)
         nothing = np.zeros(0, dtype=int)
-        return SourceFit(none, none, none, none, none, none, none, nothing > 0, nothing, [], [], 0.0)
+        return SourceFit(none, none, none, none, none, none, none, none, nothing > 0, nothing, [], [], 0.0)
     points = [s.stamp(coadd) for s in sources]
     extended, flux = _classify(sources, points, others, coadd)
     parent, fresh = np.arange(len(sources)), np.ones(len(sources), dtype=bool)
@@ -185,11 +190,24 @@ class _Model:
     coadd: Coadd
 
     def __post_init__(self) -> None:
-        self._start = np.array([[s.y for s in self.sources], [s.x for s in self.sources]])
+        self._start = self._positions()
         self._limit = 0.5 * np.array([self.coadd.fwhm[self.coadd.cell(s.y, s.x)] for s in self.sources])
         self._own = [s.stamp(self.coadd) for s in self.sources]
         self._slopes = [s.derivatives(self.coadd, t) for s, t in zip(self.sources, self._own, strict=True)]
         self._changes = [np.zeros(len(group)) for group in self._slopes]
+
+    def _positions(self) -> np.ndarray:
+        """Return the positions y and x of the sources, (2, source)."""
+        return np.array([[s.y for s in self.sources], [s.x for s in self.sources]])
+
+    def _flux_weights(self, k: int, normal: np.ndarray) -> np.ndarray:
+        """Return the weights of the pixels of a source in its flux, with the normal matrix of its parameters,
+        flux first.
+        """
+        own = self._own[k]
+        mixture = np.linalg.pinv(normal, hermitian=True)[0]
+        template = np.tensordot(mixture, [own.array, *(change.array for change in self._slopes[k])], 1)
+        return self.coadd.weight[own.slices] * template
 
     def _templates(self, chosen: Sequence[int] | np.ndarray) -> tuple[list[Stamp], np.ndarray]:
         """Return the templates of some sources, first those of all fluxes, and, of every source, the place of
@@ -288,20 +306,27 @@ class _Model:
         shape_error = np.sqrt(np.maximum(errors[:n] ** 2 - fixed**2, 0.0))
         flux = solution[:n]
         left = coadd.image - sky - render(templates, solution, coadd.shape)
+        confusion = np.zeros(n)
+        y, x = self._positions()
+        light = unseen_light(left, y, x, coadd)
         for k, source in enumerate(sources):
             if source.shape is not None:
                 shape_error[k] = math.hypot(shape_error[k], _misfit(self._own[k], left, coadd) * errors[k])
+            if light > 0.0:
+                own = [k, *range(first[k], first[k + 1])]
+                weights = self._flux_weights(k, full.normal[own][:, own].toarray())
+                confusion[k] = confusion_error(weights, coadd.psf_at(source.y, source.x), light)
         with np.errstate(divide="ignore", invalid="ignore"):
             y_err, x_err = errors[first[:-1]] / np.abs(flux), errors[first[:-1] + 1] / np.abs(flux)
             last = np.array([solution[first[:-1]], solution[first[:-1] + 1]]) / flux
-        position = np.array([[s.y for s in sources], [s.x for s in sources]])
-        position -= np.clip(np.nan_to_num(last), -POSITION_STEP, POSITION_STEP)
+        y, x = np.stack([y, x]) - np.clip(np.nan_to_num(last), -POSITION_STEP, POSITION_STEP)
         return SourceFit(
             flux=flux,
-            error=np.hypot(fixed, shape_error),
+            error=np.sqrt(fixed**2 + shape_error**2 + confusion**2),
             shape_error=shape_error,
-            y=position[0],
-            x=position[1],
+            confusion_error=confusion,
+            y=y,
+            x=x,
             y_err=y_err,
             x_err=x_err,
             extended=extended,
