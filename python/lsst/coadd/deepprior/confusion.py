@@ -32,7 +32,7 @@ _BLANK = 2.0
 blank."""
 
 _PLACES = 100.0
-"""Least number of independent blank places that a scatter is measured on, to 7 %."""
+"""Least number of independent blank places that a scatter is measured on, to a tenth."""
 
 _CORE = (15.87, 84.13)
 """Percentiles a standard deviation around the median. What is further out is no crowd of unseen sources, but
@@ -57,14 +57,15 @@ def unseen_light(left: np.ndarray, y: np.ndarray, x: np.ndarray, coadd: Coadd) -
         Number of unseen sources a pixel times their mean squared flux, in nJy^2; 0 where blank places do not
         scatter by more than the noise, or are too few to tell.
     """
+    if not coadd.good.any():
+        return 0.0
     near = np.zeros(coadd.shape, dtype=bool)
     inside = [np.clip(np.rint(c).astype(int), 0, n - 1) for c, n in zip((y, x), coadd.shape, strict=True)]
     near[tuple(inside)] = True
     size = 2 * math.ceil(_BLANK * float(np.nanmedian(coadd.fwhm))) + 1
     near = scipy.ndimage.maximum_filter(near, size, mode="constant", cval=True)
     blank = coadd.good & ~near & (coadd.information > 0.0)
-    i, j = np.argwhere(np.isfinite(coadd.psf).all(axis=(2, 3)))[0]
-    psf = coadd.psf[i, j]
+    psf = coadd.psf_at(0.5 * coadd.shape[0], 0.5 * coadd.shape[1])
     # How a point source shows in the flux of one at a distance.
     overlap = convolve_full(psf, psf[::-1, ::-1]) / (psf**2).sum()
     area = float((overlap**2).sum())
