@@ -325,8 +325,14 @@ def test_pretrained_start(
     network = network_for(restored)
     with caplog.at_level(logging.INFO):
         result = quick_task(init="pretrained").run(warps=warps, network=network)
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+    assert "base_steps is 20, and networks are trained with 240" in warning
     assert ", fit: " not in caplog.text
+    usual = network_for(quick_task(init="scratch", steps=0, base_steps=240).run(warps=warps))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        quick_task(init="pretrained", base_steps=240).run(warps=warps, network=usual)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     np.testing.assert_array_equal(result.coadd.image.array, base.coadd.image.array)
     correction = network_for(restored, exit_weight=0.05)
     other = quick_task(init="pretrained").run(warps=warps, network=correction)

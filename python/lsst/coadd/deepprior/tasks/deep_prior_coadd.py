@@ -355,6 +355,15 @@ class DeepPriorCoaddTask(PipelineTask):
         metrics = restoration.metrics
         outside = metrics["network"]["outside"]
         if network is not None and not outside:
+            n_steps, usual = self.config.base_steps, DeepPriorCoaddConfig.base_steps.default
+            if n_steps < usual:
+                self.log.warning(
+                    "%s: base_steps is %d, and networks are trained with %d; the image may show light beside "
+                    "bright stars that the data do not have.",
+                    label,
+                    n_steps,
+                    usual,
+                )
             return {
                 "init": "pretrained",
                 "network_name": network.name,

@@ -142,7 +142,8 @@ class DeepPriorCoaddConfig(
     base_steps = RangeField(
         dtype=int,
         doc="Number of steps of the maximum-likelihood image that the network corrects. With fewer steps, "
-        "bright stars stay wider than the target PSF.",
+        "bright stars stay wider than the target PSF, and a trained network, which has learned from images "
+        "of 240 steps, may add light beside them that the data do not have, with a warning.",
         default=240,
         min=1,
     )
