@@ -35,6 +35,8 @@ GOOD, ALL_NAN, ALL_MASKED, NOTHING, VARIANCE, PSF_SIZES, ONE_IN_CELL, ONE_VISIT 
 PSF_NAN, UNIT, TRUNCATED, UNWRITABLE = range(8, 12)
 
 N_VISITS = 3
+TRAINED_STEPS = 240
+"""Steps of maximum likelihood that the network of the package was trained with."""
 INFINITE = np.s_[12:16, 20:23]
 BLOCKS = {"zero": np.s_[3:8, 40:44], "negative": np.s_[10:14, 5:9], "nan": np.s_[20:25, 30:36]}
 
@@ -145,7 +147,7 @@ def run_patches(repo: Path, patches: list[int], output_run: str) -> subprocess.C
             "-d",
             where,
         ),
-        *("--register-dataset-types", *QUICK),
+        *("--register-dataset-types", *QUICK, "-c", f"deepPriorCoadd:base_steps={TRAINED_STEPS}"),
     )
 
 

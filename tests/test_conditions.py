@@ -25,7 +25,7 @@ SIGMA = 0.9
 
 def conditions(visits: list[Observation]) -> dict[str, float]:
     data = PatchData(visits, LAYOUT, SIGMA)
-    return patch_conditions(data, maximum_likelihood(data, data.sets(), steps=40))
+    return patch_conditions(data, maximum_likelihood(data, data.sets(), steps=40), 40)
 
 
 def test_visits_seeing_and_target() -> None:

@@ -28,7 +28,7 @@ LAYOUT = CellLayout(2, 1, 60, 110)
 """Two cells that are not square: rows and columns cannot be confused."""
 
 SETTINGS = RestoreSettings(
-    target_fwhm=2.2, base_steps=40, steps=2, n_splits=2, n_variance_draws=1, check_psf=False
+    target_fwhm=2.2, base_steps=240, steps=2, n_splits=2, n_variance_draws=1, check_psf=False
 )
 
 COMMON = [(x, y, 400.0) for y in (15.2, 45.4, 75.1, 104.6) for x in (14.3, 40.7, 69.8, 95.4)]

@@ -71,9 +71,13 @@ def test_connections() -> None:
     assert connections.outputs - single.outputs == {"picture"}
 
 
-@pytest.mark.parametrize("init", ["pretrained", "scratch"])
-def test_bands_share_one_target(by_band: dict[str, list[Warp]], init: str) -> None:
-    result = quick_task(init=init).run(warps=by_band)
+@pytest.mark.parametrize(
+    ("init", "base_steps", "method"), [("pretrained", 240, "pretrained"), ("scratch", 10, "scratch")]
+)
+def test_bands_share_one_target(
+    by_band: dict[str, list[Warp]], init: str, base_steps: int, method: str
+) -> None:
+    result = quick_task(init=init, base_steps=base_steps).run(warps=by_band)
     assert list(result.bands) == ["g", "r"]
     targets = {one.coadd.metadata["target_fwhm_arcsec"] for one in result.bands.values()}
     assert len(targets) == 1
@@ -81,6 +85,7 @@ def test_bands_share_one_target(by_band: dict[str, list[Warp]], init: str) -> No
     assert result.bands["g"].coadd.metadata["coupled_with"] == "r"
     assert result.bands["g"].coadd.band == "g"
     assert len(result.bands["g"].coadd.provenance.inputs) == 2
+    assert method in result.bands["r"].metrics["method"]
     assert "coupled with g" in result.bands["r"].metrics["method"]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from run_pipetask import PIPELINE, QUICK, pipetask
 
+from lsst.coadd.deepprior.conditions import AXES
 from lsst.coadd.deepprior.network import Trunk
 from lsst.coadd.deepprior.network_dataset import ingest_network
 from lsst.coadd.deepprior.weights import TrainedNetwork
@@ -28,8 +29,7 @@ def own_repo(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_network_is_found_in_the_input_collections(own_repo: Path) -> None:
-    axes = ("n_visits", "seeing_pixels", "target_pixels", "lit_fraction", "noise_correlation")
-    network = TrainedNetwork(Trunk(widths=(4,)), dict.fromkeys(axes, (-1e3, 1e3)), {"name": "toy"})
+    network = TrainedNetwork(Trunk(widths=(4,)), dict.fromkeys(AXES, (-1e3, 1e3)), {"name": "toy"})
     data = ["-d", "skymap='deepprior_sim' AND band='r' AND patch=0", "-b", own_repo, "-o", "u/test/net"]
     task = ["-p", f"{PIPELINE}#restoration", "-c", "deepPriorCoadd:network_from_butler=True", *QUICK]
     ingest_network(own_repo, network, run="networks/one")

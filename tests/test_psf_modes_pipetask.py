@@ -30,12 +30,13 @@ def test_known_psfs_have_no_further_output(warps: list[Warp]) -> None:
     assert "visit_psfs" in DeepPriorCoaddConnections(config=config).outputs
 
 
-@pytest.mark.parametrize("init", ["scratch", "pretrained"])
-def test_task(warps: list[Warp], init: str) -> None:
+@pytest.mark.parametrize(("init", "base_steps"), [("scratch", 20), ("pretrained", 240)])
+def test_task(warps: list[Warp], init: str, base_steps: int) -> None:
     config = DeepPriorCoaddConfig()
-    config.update(init=init, base_steps=20, steps=2, n_splits=2, n_variance_draws=1, device="cpu")
+    config.update(init=init, base_steps=base_steps, steps=2, n_splits=2, n_variance_draws=1, device="cpu")
     config.psf_mode = "refine"
     result = DeepPriorCoaddTask(config=config).run(warps=warps)
+    assert init in result.metrics["method"]
     assert len(result.visit_psfs) == len(warps)
     numbers = result.metrics["psf_refinement"]
     assert yaml.safe_load(yaml.safe_dump(numbers)) == numbers

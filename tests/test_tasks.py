@@ -325,14 +325,8 @@ def test_pretrained_start(
     network = network_for(restored)
     with caplog.at_level(logging.INFO):
         result = quick_task(init="pretrained").run(warps=warps, network=network)
-    (warning,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
-    assert "base_steps is 20, and networks are trained with 240" in warning
-    assert ", fit: " not in caplog.text
-    usual = network_for(quick_task(init="scratch", steps=0, base_steps=240).run(warps=warps))
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        quick_task(init="pretrained", base_steps=240).run(warps=warps, network=usual)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert ", fit: " not in caplog.text
     np.testing.assert_array_equal(result.coadd.image.array, base.coadd.image.array)
     correction = network_for(restored, exit_weight=0.05)
     other = quick_task(init="pretrained").run(warps=warps, network=correction)
@@ -346,6 +340,20 @@ def test_pretrained_start(
     metrics = other.metrics["network"]
     assert yaml.safe_load(yaml.safe_dump(metrics)) == metrics
     assert (metrics["init"], metrics["network_sha256"]) == ("pretrained", correction.sha256)
+
+
+def test_noise_that_is_larger_than_its_variance_is_told(
+    warps: list[Warp], restored: Struct, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = [dataclasses.replace(warp, variance=warp.variance / 6.0) for warp in warps]
+    with caplog.at_level(logging.WARNING):
+        result = quick_task(steps=0).run(warps=wrong)
+    chi2 = result.metrics["residual"]["chi2_per_pixel"]
+    assert f"r band: data minus model are {chi2:.3g} times the noise, squared" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        quick_task(steps=0).run(warps=warps)
+    assert "data minus model" not in caplog.text
 
 
 def test_patch_outside_of_the_training(

@@ -116,6 +116,7 @@ def test_ranges_are_those_of_the_patches(trained) -> None:
     assert high == pytest.approx(2.4)
     assert 0.0 < network.ranges["lit_fraction"][0] <= network.ranges["lit_fraction"][1] < 0.5
     assert abs(network.ranges["noise_correlation"][0]) < 0.1
+    assert network.ranges["base_steps"] == (20.0, 20.0)
 
 
 def wide(network: TrainedNetwork) -> TrainedNetwork:

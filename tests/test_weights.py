@@ -242,7 +242,9 @@ def test_packaged_network() -> None:
         "target_pixels",
         "lit_fraction",
         "noise_correlation",
+        "base_steps",
     }
+    assert network.ranges["base_steps"] == (240.0, 240.0)
     assert network.card["command"].startswith("deepprior train ")
     assert bool((network.trunk.exit.weight != 0.0).any())
 

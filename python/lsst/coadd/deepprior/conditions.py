@@ -16,7 +16,7 @@ from .baselines import MaximumLikelihood
 from .patch_data import PatchData
 from .psf import FWHM_PER_SIGMA
 
-AXES = ("n_visits", "seeing_pixels", "target_pixels", "lit_fraction", "noise_correlation")
+AXES = ("n_visits", "seeing_pixels", "target_pixels", "lit_fraction", "noise_correlation", "base_steps")
 """Names of the conditions."""
 
 _LIT = 5.0
@@ -32,7 +32,7 @@ _N_CORRELATED = 3
 """Number of visits whose noise correlation is measured."""
 
 
-def patch_conditions(data: PatchData, solution: MaximumLikelihood) -> dict[str, float]:
+def patch_conditions(data: PatchData, solution: MaximumLikelihood, base_steps: int) -> dict[str, float]:
     """Measure the conditions of a patch.
 
     Parameters
@@ -41,13 +41,16 @@ def patch_conditions(data: PatchData, solution: MaximumLikelihood) -> dict[str, 
         The visits.
     solution : `~lsst.coadd.deepprior.baselines.MaximumLikelihood`
         Maximum-likelihood image of the one set of all visits.
+    base_steps : `int`
+        Number of steps behind it.
 
     Returns
     -------
     conditions : `dict` [`str`, `float`]
         By the names in `AXES`: number of visits with a good pixel; median FWHM of their PSFs and FWHM of the
         target PSF in pixels; share of the covered pixels that a source of more than 5 sigma lights; mean
-        correlation of the noise of neighbouring pixels of a visit.
+        correlation of the noise of neighbouring pixels of a visit; number of steps of the image that the
+        network reads.
     """
     usable = data.group >= 0
     return {
@@ -56,6 +59,7 @@ def patch_conditions(data: PatchData, solution: MaximumLikelihood) -> dict[str, 
         "target_pixels": data.sigma * FWHM_PER_SIGMA,
         "lit_fraction": _lit_fraction(data, solution),
         "noise_correlation": _noise_correlation(data, solution.latent[0]),
+        "base_steps": float(base_steps),
     }
 
 

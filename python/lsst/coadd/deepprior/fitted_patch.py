@@ -260,7 +260,7 @@ def fit_patch(
     mark = time.monotonic()
     solution = maximum_likelihood(data, sets, steps=settings.base_steps, progress=base_progress)
     features = encoder_features(solution)[0]
-    conditions = patch_conditions(data, solution)
+    conditions = patch_conditions(data, solution, settings.base_steps)
     del solution
     give_freed_memory_back()
     times["base"] = time.monotonic() - mark

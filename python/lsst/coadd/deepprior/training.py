@@ -185,7 +185,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(settings.seed * 100003 + index)
         encoder, loss = deal_splits(data.n_groups, settings.n_splits, generator)
         self._losses.append(SplitLoss(data, encoder, loss, settings.base_steps))
-        conditions = patch_conditions(data, maximum_likelihood(data, data.sets(), steps=settings.base_steps))
+        solution = maximum_likelihood(data, data.sets(), steps=settings.base_steps)
+        conditions = patch_conditions(data, solution, settings.base_steps)
         n_read = [np.isin(data.group, np.flatnonzero(side.numpy())).sum() for side in encoder]
         self._conditions += [conditions, conditions | {"n_visits": float(min(n_read))}]
 

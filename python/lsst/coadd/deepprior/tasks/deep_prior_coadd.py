@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     from ..restore import Restoration
     from ..weights import TrainedNetwork
 
+_POOR_CHI2 = 2.0
+"""Mean square of data minus model, in units of the noise, above which a patch gets a warning; that of good data
+is 1, and between 0.8 and 1.1 where the variances of the visits are not quite right."""
+
 
 def _describe(cells: CellGrid) -> str:
     """Put a grid of cells into words."""
@@ -273,6 +277,13 @@ class DeepPriorCoaddTask(PipelineTask):
         patch, sky_projection, scale = inputs.patch, inputs.sky_projection, inputs.pixel_scale
         infos = inputs.infos
         start = self._describe_start(network, restoration, inputs.label)
+        if (chi2 := restoration.metrics["residual"]["chi2_per_pixel"]) > _POOR_CHI2:
+            self.log.warning(
+                "%s: data minus model are %.3g times the noise, squared (1 is expected); PSFs, variances or masks "
+                "of visits are wrong, or the image is. Look at the residual coadd before you use it.",
+                inputs.label,
+                chi2,
+            )
         metadata = {
             "deepprior_version": __version__,
             "lsst_images_version": version("lsst-images"),
@@ -355,15 +366,6 @@ class DeepPriorCoaddTask(PipelineTask):
         metrics = restoration.metrics
         outside = metrics["network"]["outside"]
         if network is not None and not outside:
-            n_steps, usual = self.config.base_steps, DeepPriorCoaddConfig.base_steps.default
-            if n_steps < usual:
-                self.log.warning(
-                    "%s: base_steps is %d, and networks are trained with %d; the image may show light beside "
-                    "bright stars that the data do not have.",
-                    label,
-                    n_steps,
-                    usual,
-                )
             return {
                 "init": "pretrained",
                 "network_name": network.name,

@@ -141,9 +141,10 @@ class DeepPriorCoaddConfig(
     )
     base_steps = RangeField(
         dtype=int,
-        doc="Number of steps of the maximum-likelihood image that the network corrects. With fewer steps, "
-        "bright stars stay wider than the target PSF, and a trained network, which has learned from images "
-        "of 240 steps, may add light beside them that the data do not have, with a warning.",
+        doc="Number of steps of the maximum-likelihood image that the network corrects. With fewer steps "
+        "bright stars stay wider than the target PSF. A trained network knows images of the number of steps "
+        "that it was trained with alone, 240 for that of the package; with others the network is fitted to the "
+        "patch.",
         default=240,
         min=1,
     )
