@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = (
     "PSF_ERRORS",
+    "STAGES",
     "AcceleratedSteps",
     "MaximumLikelihood",
     "gaussian_smooth",
@@ -34,6 +35,10 @@ from .statistics import SetStatistics, VisitSets, set_products
 PSF_ERRORS = (1.0, 0.3, 0.1, 0.03)
 """PSF errors of the first refreshes: star cores are clipped only once the model has come near them."""
 
+STAGES = (20, 80)
+"""Numbers of steps whose images are kept for sources that fewer do not resolve and that need not all of them:
+in a large galaxy maximum likelihood makes lumps of the noise."""
+
 _BRIGHT = 10.0
 """Signal to noise ratio of a pixel of the start above which it counts as bright."""
 
@@ -52,6 +57,8 @@ class MaximumLikelihood:
     ----------
     first, early : `torch.Tensor`, (set, y, x)
         Latent image after very few and after few steps, in nJy.
+    stages : `tuple` [`torch.Tensor`, ...], (set, y, x)
+        Latent images after the numbers of steps of `STAGES` that were taken, in nJy.
     latent : `torch.Tensor`, (set, y, x)
         Latent image after all steps, in nJy.
     statistics : `~lsst.coadd.deepprior.statistics.SetStatistics`
@@ -60,6 +67,7 @@ class MaximumLikelihood:
 
     first: torch.Tensor
     early: torch.Tensor
+    stages: tuple[torch.Tensor, ...]
     latent: torch.Tensor
     statistics: SetStatistics
 
@@ -254,6 +262,7 @@ def maximum_likelihood(
     """
     early, latent = robust_start(data, sets)
     first = early
+    stages = []
     accelerated: AcceleratedSteps | None = None
     for step in range(steps):
         if step % _REFRESH_EVERY == 0:
@@ -271,4 +280,6 @@ def maximum_likelihood(
         else:
             accelerated = AcceleratedSteps(latent) if accelerated is None else accelerated
             latent = accelerated.step(functools.partial(maximum_likelihood_step, statistics=statistics))
-    return MaximumLikelihood(first, early, latent, data.linearise(sets, latent))
+        if step + 1 in STAGES:
+            stages.append(latent.clone())
+    return MaximumLikelihood(first, early, tuple(stages), latent, data.linearise(sets, latent))

@@ -31,7 +31,7 @@ _SIGNAL = 10.0
 """Signal to noise ratio of a pixel of the early image above which it may be called bright."""
 
 _UNRESOLVED = 3.0
-"""Significance of what few steps leave of the data above which a bright pixel is taken for a star."""
+"""Significance of what some steps leave of the data above which a bright pixel takes the image of more."""
 
 _NEIGHBOURHOOD = 7
 """Width in pixels of the box in which that significance is gathered, about the size of a star."""
@@ -56,10 +56,11 @@ class Features:
         Images in units of the coadd noise, asinh-stretched, in the order of `FEATURES`.
     start : `torch.Tensor`, (set, y, x)
         z_0, the base in the network's own variable: the image of few steps, which amplifies noise less, and
-        on bright pixels where that does not fit the data yet (stars) the image of many.
+        on bright pixels where that does not fit the data yet the image of more of them: of the fewest that
+        do in galaxies, of all in stars.
     gate : `torch.Tensor`, (set, y, x)
-        Part of the network's correction that is let through: next to none in bright stars, where many steps
-        of maximum likelihood are already right to a fraction of a per cent.
+        Part of the network's correction that is let through: next to none where few steps do not fit the
+        data, since the start already does.
     noise : `torch.Tensor`, (set, y, x)
         Coadd noise sigma_c (nJy); it is positive everywhere on the canvas.
     covered : `torch.Tensor`, (set, y, x)
@@ -107,11 +108,19 @@ def encoder_features(solution: MaximumLikelihood) -> Features:
     covered = sets.sensitivity > 1e-2 * typical
     noise = torch.maximum(sets.sensitivity, 1e-2 * typical).clamp_min(tiny).rsqrt()
     full = torch.maximum(sets.gram.forward(torch.ones_like(noise)), 1e-2 * typical).clamp_min(tiny)
-    unresolved = _significance(sets, statistics.matched - sets.gram.forward(solution.early), full)
-    unresolved = (unresolved / _UNRESOLVED).square()
     signal = (solution.early / (_SIGNAL * noise)).square()
-    star = signal / (1.0 + signal) * unresolved / (1.0 + unresolved)
-    base = solution.early + star * (solution.latent - solution.early)
+
+    def unresolved(image: torch.Tensor) -> torch.Tensor:
+        left = _significance(sets, statistics.matched - sets.gram.forward(image), full)
+        left = (left / _UNRESOLVED).square()
+        return signal / (1.0 + signal) * left / (1.0 + left)
+
+    base = solution.early
+    star = share = unresolved(solution.early)
+    for image in solution.stages:
+        base = torch.lerp(base, image, share)
+        share = unresolved(image)
+    base = torch.lerp(base, solution.latent, share)
     images = (
         statistics.coadd,
         statistics.matched / full,
