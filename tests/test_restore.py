@@ -119,7 +119,7 @@ def test_few_visits(n_visits: int) -> None:
 def test_noise_of_one_visit_is_not_learned() -> None:
     """Its halves share no noise; of halves that did, the network would keep most of what the base has."""
     visits = observe(LAYOUT, STARS, [1.8], seed=3)
-    base, fitted = (restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=steps)) for steps in (0, 20))
+    base, fitted = (restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=steps)) for steps in (0, 60))
     blank = gaussian_stars(LAYOUT.shape, STARS, 1.8) < 0.01
     assert fitted.image[blank].std() < 0.1 * base.image[blank].std()
 
