@@ -31,6 +31,9 @@ SETTINGS = RestoreSettings(
     target_fwhm=2.2, base_steps=240, steps=2, n_splits=2, n_variance_draws=1, check_psf=False
 )
 
+WITHOUT_NETWORK = dataclasses.replace(SETTINGS, base_steps=40)
+"""Fewer steps than the network of the package was trained with."""
+
 COMMON = [(x, y, 400.0) for y in (15.2, 45.4, 75.1, 104.6) for x in (14.3, 40.7, 69.8, 95.4)]
 """Stars of all bands, (x, y, flux in the r band)."""
 
@@ -155,13 +158,13 @@ def test_band_without_data_in_a_cell_is_given_none(alone: dict[str, FittedPatch]
 
 def test_without_coupling_nothing_changes() -> None:
     observations = {name: one for name, one in visits().items() if name != "i"}
-    separate = restore_bands(observations, LAYOUT, SETTINGS, coupling=False)
+    separate = restore_bands(observations, LAYOUT, WITHOUT_NETWORK, coupling=False)
     for name, one in observations.items():
-        expected = restore(one, LAYOUT, SETTINGS)
+        expected = restore(one, LAYOUT, WITHOUT_NETWORK)
         for field in ("image", "variance", "residual", "prior_carried"):
             np.testing.assert_array_equal(getattr(separate[name], field), getattr(expected, field))
         np.testing.assert_array_equal(separate[name].noise_realizations[0], expected.noise_realizations[0])
-    (only,) = restore_bands({"g": observations["g"]}, LAYOUT, SETTINGS).values()
+    (only,) = restore_bands({"g": observations["g"]}, LAYOUT, WITHOUT_NETWORK).values()
     np.testing.assert_array_equal(only.image, separate["g"].image)
 
 
@@ -188,7 +191,7 @@ def test_what_comes_out_is_that_of_the_coupled_image(alone: dict[str, FittedPatc
 
 
 def test_common_target_is_that_of_the_seeing_of_all() -> None:
-    settings = dataclasses.replace(SETTINGS, target_fwhm=None)
+    settings = dataclasses.replace(WITHOUT_NETWORK, target_fwhm=None)
     stars = [(x, y, 100.0) for x, y, _ in COMMON]
     sharp, wide = (observe(LAYOUT, stars, [sigma] * 3, seed=4) for sigma in (1.6, 2.4))
     result = restore_bands({"r": sharp, "g": wide}, LAYOUT, settings)
@@ -197,7 +200,8 @@ def test_common_target_is_that_of_the_seeing_of_all() -> None:
 
 
 def test_scratch_start_is_coupled_too() -> None:
-    result = restore_bands({name: one for name, one in visits().items() if name != "i"}, LAYOUT, SETTINGS)
+    two = {name: one for name, one in visits().items() if name != "i"}
+    result = restore_bands(two, LAYOUT, WITHOUT_NETWORK)
     assert result["g"].metrics["method"] == "network fitted from scratch, coupled with r"
 
 
