@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
 from toy import gaussian_stars, observe
 
-from lsst.coadd.deepprior.baselines import maximum_likelihood
+from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
 from lsst.coadd.deepprior.conditions import AXES
 from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.network import FEATURES, Trunk, encoder_features, latent_and_slope
@@ -199,6 +200,35 @@ def test_prior_and_data_sides_share_no_noise() -> None:
     # The standard error of one covariance is 1 / sqrt(64 * 60) = 0.016.
     assert abs(np.mean(covariances)) < 0.01
     assert np.max(np.abs(covariances)) < 0.08
+
+
+def test_start_is_smooth_in_a_galaxy_and_sharp_in_a_star() -> None:
+    """All steps make lumps of the noise of a galaxy, and few leave a star too wide."""
+    layout, sigmas, sigma = CellLayout(1, 1, 64, 70), [1.6, 1.9, 1.7, 2.0, 1.8, 1.5], 0.9
+    star, galaxy, width = (14.2, 40.7, 20000.0), (44.3, 31.2, 60000.0), 2.5
+    visits = observe(layout, [star], sigmas, noise=3.0, seed=4)
+    for visit, seeing in zip(visits, sigmas, strict=True):
+        visit.flux[...] += gaussian_stars(layout.shape, [galaxy], math.hypot(width, seeing))
+    data = PatchData(visits, layout, sigma)
+    solution = maximum_likelihood(data, data.sets(), steps=240)
+    features = encoder_features(solution)
+    patch = tuple(slice(data.margin, data.margin + n) for n in layout.shape)
+    start, all_steps, early = (
+        inner_smooth(latent, sigma)[0].numpy()[patch]
+        for latent in (
+            latent_and_slope(features.start, features.noise)[0],
+            solution.latent,
+            solution.early,
+        )
+    )
+    y, x = np.indices(layout.shape)
+    truth = gaussian_stars(layout.shape, [galaxy], math.hypot(width, sigma))
+    inside = np.hypot(x - galaxy[0], y - galaxy[1]) < 5.0
+    errors = [np.sqrt(np.mean((image - truth)[inside] ** 2)) for image in (start, all_steps)]
+    assert errors[0] < 0.5 * errors[1]
+    peak = 41, 14
+    assert start[peak] == pytest.approx(all_steps[peak], rel=0.02)
+    assert early[peak] < 0.8 * all_steps[peak]
 
 
 def test_trunk_takes_any_shape_and_starts_at_the_base() -> None:
