@@ -49,8 +49,7 @@ if TYPE_CHECKING:
     from ..weights import TrainedNetwork
 
 _POOR_CHI2 = 2.0
-"""Mean square of data minus model, in units of the noise, above which a patch gets a warning; that of good data
-is 1, and between 0.8 and 1.1 where the variances of the visits are not quite right."""
+"""Mean square of data minus model, in units of the noise, above which a patch gets a warning; 1 is expected."""
 
 
 def _describe(cells: CellGrid) -> str:
@@ -279,8 +278,8 @@ class DeepPriorCoaddTask(PipelineTask):
         start = self._describe_start(network, restoration, inputs.label)
         if (chi2 := restoration.metrics["residual"]["chi2_per_pixel"]) > _POOR_CHI2:
             self.log.warning(
-                "%s: data minus model are %.3g times the noise, squared (1 is expected); PSFs, variances or masks "
-                "of visits are wrong, or the image is. Look at the residual coadd before you use it.",
+                "%s: data minus model are %.3g times the noise, squared (1 is expected); PSFs, variances or "
+                "masks of visits are wrong, or the image is. Look at the residual coadd before you use it.",
                 inputs.label,
                 chi2,
             )

@@ -143,8 +143,7 @@ class DeepPriorCoaddConfig(
         dtype=int,
         doc="Number of steps of the maximum-likelihood image that the network corrects. With fewer steps "
         "bright stars stay wider than the target PSF. A trained network knows images of the number of steps "
-        "that it was trained with alone, 240 for that of the package; with others the network is fitted to the "
-        "patch.",
+        "that it was trained with alone, 240 for that of the package; with others the start is scratch.",
         default=240,
         min=1,
     )
