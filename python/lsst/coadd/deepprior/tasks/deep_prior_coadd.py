@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from ..weights import TrainedNetwork
 
 _POOR_CHI2 = 2.0
-"""Mean square of data minus model, in units of the noise, above which a patch gets a warning; 1 is expected."""
+"""Mean square of data minus model, in units of the noise, above which there is a warning; 1 is expected."""
 
 
 def _describe(cells: CellGrid) -> str:
