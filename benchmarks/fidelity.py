@@ -96,10 +96,15 @@ class Job:
         return self.row is not None and self.row.is_file()
 
 
+@functools.cache
+def _scene_version() -> str:
+    """Return a digest of the code that simulates scenes."""
+    return code_of(("families", "simulate", "simulation"))
+
+
 def scene_path(family: str, seed: int) -> Path:
     """Return the file of a scene, which the code of the simulation names."""
-    code = code_of(("families", "simulate", "simulation"))
-    return CACHE / "scenes" / f"{family}-{seed}-{code}.npz"
+    return CACHE / "scenes" / f"{family}-{seed}-{_scene_version()}.npz"
 
 
 @functools.cache
