@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("code_of", "digest", "write_atomically", "write_text")
+__all__ = ("code_and_network", "code_of", "digest", "write_atomically", "write_text")
 
 import ast
 import functools
@@ -21,6 +21,7 @@ from typing import Any
 import lsst.coadd.deepprior
 
 _PACKAGE = Path(lsst.coadd.deepprior.__file__).parent
+_NETWORK = _PACKAGE / "resources" / "networks" / "default.safetensors"
 _HERE = Path(__file__).parent
 
 
@@ -87,6 +88,22 @@ def code_of(modules: Iterable[str], alone: Iterable[str] = ()) -> str:
             if (_HERE / f"{other}.py").is_file() or (_PACKAGE / f"{other}.py").is_file()
         }
     return digest(done)
+
+
+def code_and_network(modules: Iterable[str], alone: Iterable[str] = ()) -> str:
+    """Return a digest of code, as `code_of` does, and of the network that comes with the package.
+
+    Parameters
+    ----------
+    modules, alone : `~collections.abc.Iterable` [`str`]
+        As in `code_of`.
+
+    Returns
+    -------
+    digest : `str`
+        12 hexadecimal digits.
+    """
+    return digest([code_of(modules, alone), hashlib.sha256(_NETWORK.read_bytes()).hexdigest()])
 
 
 def digest(value: Any) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 
 import calibration_report
 import click
-from cache import code_of, digest, write_atomically, write_text
+from cache import code_and_network, code_of, digest, write_atomically, write_text
 
 HERE = Path(__file__).parent
 CACHE = HERE / ".cache" / "calibration"
@@ -56,7 +56,7 @@ class Job:
     @property
     def products(self) -> Path:
         """File of the scene's restoration (`pathlib.Path`)."""
-        key = digest([code_of(("injection", "restore", "weights")), self.judge_pixels])
+        key = digest([code_and_network(("injection", "restore", "weights")), self.judge_pixels])
         return CACHE / f"{self.family}-{self.seed}-{key}.npz"
 
     @property
@@ -88,7 +88,7 @@ def _do(job: Job) -> None:
 
 def _real_row(paths: tuple[Path, ...], seed: int) -> Path:
     content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    return CACHE / f"real-{seed}-{digest([content, code_of(('calibration_score',))])}.json"
+    return CACHE / f"real-{seed}-{digest([content, code_and_network(('calibration_score',))])}.json"
 
 
 def _do_real(paths: tuple[Path, ...], seed: int, row: Path) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 import numpy as np
-from cache import code_of, digest, write_text
+from cache import code_and_network, digest, write_text
 from finer_score import FAMILIES, MAGNITUDES, NEAR, do_scene
 
 HERE = Path(__file__).parent
@@ -40,7 +40,9 @@ STARTS = ("pretrained", "scratch")
 
 def row_path(name: str, seed: int, start: str) -> Path:
     """Return the file of the numbers of a scene."""
-    code = code_of(("finer_score", "finer_warps", "restore", "measure", "simulate", "weights", "coadd"))
+    code = code_and_network(
+        ("finer_score", "finer_warps", "restore", "measure", "simulate", "weights", "coadd")
+    )
     return CACHE / f"{name}-{seed}-{start}-{digest(code)}.json"
 
 

@@ -24,7 +24,7 @@ import galsim
 import numpy as np
 import scipy.optimize
 import torch
-from cache import code_of, digest, write_text
+from cache import code_and_network, digest, write_text
 from injection import read_warps
 from scenes import BenchScene
 from simulation import bench_scene
@@ -248,7 +248,7 @@ REAL = {
 
 
 def _row_file(name: str, key: Any) -> Path:
-    return CACHE / f"{name}-{digest([key, code_of(('psf_modes',))])}.json"
+    return CACHE / f"{name}-{digest([key, code_and_network(('psf_modes',))])}.json"
 
 
 def _done(path: Path, make: Callable[[], dict[str, Any]] | None) -> dict[str, Any] | None:
@@ -346,7 +346,8 @@ def main(seeds: str, cases: tuple[str, ...], warps: tuple[Path, ...], output: Pa
             _row_file(f"real-{name.split()[0]}", content), lambda s=setting: left_out_residuals(warps, *s)
         )  # type: ignore[misc]
         write_text(
-            CACHE / f"last-{name.split()[0]}.json", json.dumps([content, code_of(("psf_modes",)), row])
+            CACHE / f"last-{name.split()[0]}.json",
+            json.dumps([content, code_and_network(("psf_modes",)), row]),
         )
         click.echo(f"real, {name}: {row}")
     for seed in map(int, seeds.split(",")):
@@ -364,7 +365,7 @@ def main(seeds: str, cases: tuple[str, ...], warps: tuple[Path, ...], output: Pa
         last = CACHE / f"last-{name.split()[0]}.json"
         if last.is_file():
             _, code, row = json.loads(last.read_text())
-            real[name] = row if code == code_of(("psf_modes",)) else None
+            real[name] = row if code == code_and_network(("psf_modes",)) else None
     write_text(output, report(rows, real))
     click.echo(f"{output} is written.")
 

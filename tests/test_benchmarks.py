@@ -228,6 +228,16 @@ def test_code_digests_follow_code_and_imports_not_comments(
         cache.code_of(["third"])
 
 
+def test_another_network_is_not_taken_for_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cache, "_NETWORK", tmp_path / "network")
+    keys = []
+    for weights in (b"one", b"other", b"one"):
+        (tmp_path / "network").write_bytes(weights)
+        keys.append(cache.code_and_network(["scenes"]))
+    assert keys[0] == keys[2] != keys[1]
+    assert cache.code_and_network(["sky"]) != keys[0]
+
+
 def test_interrupted_writing_leaves_nothing(tmp_path: Path) -> None:
     def fail(part: Path) -> None:
         part.write_text("half")
