@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("code_and_network", "code_of", "digest", "write_atomically", "write_text")
+__all__ = ("NETWORK", "code_and_network", "code_of", "digest", "write_atomically", "write_text")
 
 import ast
 import functools
@@ -21,8 +21,10 @@ from typing import Any
 import lsst.coadd.deepprior
 
 _PACKAGE = Path(lsst.coadd.deepprior.__file__).parent
-_NETWORK = _PACKAGE / "resources" / "networks" / "default.safetensors"
 _HERE = Path(__file__).parent
+
+NETWORK = _PACKAGE / "resources" / "networks" / "default.safetensors"
+"""The network that comes with the package."""
 
 
 class _WhatRuns(ast.NodeTransformer):
@@ -103,7 +105,7 @@ def code_and_network(modules: Iterable[str], alone: Iterable[str] = ()) -> str:
     digest : `str`
         12 hexadecimal digits.
     """
-    return digest([code_of(modules, alone), hashlib.sha256(_NETWORK.read_bytes()).hexdigest()])
+    return digest([code_of(modules, alone), hashlib.sha256(NETWORK.read_bytes()).hexdigest()])
 
 
 def digest(value: Any) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 import numpy as np
-from cache import code_and_network, digest, write_text
+from cache import code_and_network, write_text
 from finer_score import FAMILIES, MAGNITUDES, NEAR, do_scene
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ def row_path(name: str, seed: int, start: str) -> Path:
     code = code_and_network(
         ("finer_score", "finer_warps", "restore", "measure", "simulate", "weights", "coadd")
     )
-    return CACHE / f"{name}-{seed}-{start}-{digest(code)}.json"
+    return CACHE / f"{name}-{seed}-{start}-{code}.json"
 
 
 def _do(name: str, seed: int, start: str) -> None:

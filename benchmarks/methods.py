@@ -26,17 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cache import NETWORK
 
 Outputs = dict[str, dict[str, Any]]
 """By setting: ``image`` and ``psf`` and, for some, ``seconds``, a source list and other arrays."""
 
 _PACKAGE = "lsst.coadd.deepprior."
-
-_WEIGHTS = (
-    Path(__file__)
-    .parents[1]
-    .joinpath("python", "lsst", "coadd", "deepprior", "resources", "networks", "default.safetensors")
-)
 
 _STARRED = (
     Path(__file__).with_name("starred_runner.py"),
@@ -298,7 +293,7 @@ METHODS: dict[str, Method] = {
     ),
     "scratch": Method("this software, scratch", ("restore", "measure"), _scratch),
     "pretrained": Method(
-        "this software, pretrained", ("restore", "measure", "weights"), _pretrained, files=(_WEIGHTS,)
+        "this software, pretrained", ("restore", "measure", "weights"), _pretrained, files=(NETWORK,)
     ),
 }
 """The methods by name (`dict` [`str`, `Method`])."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 import numpy as np
-from cache import code_and_network, digest, write_text
+from cache import code_and_network, write_text
 from multiband_score import COLOUR_SNR, FAMILIES, SHALLOW, do_scene
 
 HERE = Path(__file__).parent
@@ -40,7 +40,7 @@ SCORES = (("completeness", "completeness at 95 % purity", 3), ("ssim", "SSIM", 4
 def row_path(family: str, seed: int, start: str) -> Path:
     """Return the file of the numbers of a scene."""
     code = code_and_network(("multiband_score", "coupling", "restore", "band_scenes", "weights"))
-    return CACHE / f"{family}-{seed}-{start}-{digest(code)}.json"
+    return CACHE / f"{family}-{seed}-{start}-{code}.json"
 
 
 def plan(families: Sequence[str], scenes: int | None) -> list[tuple[str, int, str]]:

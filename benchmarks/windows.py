@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cache import code_and_network, digest, write_text
+from cache import code_and_network, write_text
 
 HERE = Path(__file__).parent
 CACHE = HERE / ".cache" / "windows"
@@ -43,7 +43,7 @@ SCORES = (("psnr", "PSNR (dB)", 2), ("ssim", "SSIM", 3), ("completeness", "compl
 def row_path(cells: tuple[int, int], seed: int, side: int | None) -> Path:
     """Return the file of the numbers of a restoration."""
     code = code_and_network(("restore", "windows", "weights", "simulate"), alone=("windows",))
-    return CACHE / f"{cells[0]}x{cells[1]}-{seed}-{side}-{digest(code)}.json"
+    return CACHE / f"{cells[0]}x{cells[1]}-{seed}-{side}-{code}.json"
 
 
 def restore(cells: tuple[int, int], seed: int, side: int | None) -> dict[str, Any]:

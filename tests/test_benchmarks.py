@@ -229,7 +229,7 @@ def test_code_digests_follow_code_and_imports_not_comments(
 
 
 def test_another_network_is_not_taken_for_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cache, "_NETWORK", tmp_path / "network")
+    monkeypatch.setattr(cache, "NETWORK", tmp_path / "network")
     keys = []
     for weights in (b"one", b"other", b"one"):
         (tmp_path / "network").write_bytes(weights)

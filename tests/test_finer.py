@@ -35,7 +35,7 @@ from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.point_templates import point_latent
 from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp
-from lsst.coadd.deepprior.restore import restore
+from lsst.coadd.deepprior.restore import Restoration, restore
 from lsst.coadd.deepprior.weights import TrainedNetwork, packaged_network
 
 LAYOUT = CellLayout(2, 3, 20, 16)
@@ -305,14 +305,12 @@ QUICK = RestoreSettings(steps=0, base_steps=240, n_variance_draws=2, check_psf=F
 SEEING = 2.25 / 2.3548
 
 
-def restored(oversampling: int, network: TrainedNetwork | None, fwhm: float | None = None) -> np.ndarray:
+def restored(oversampling: int, network: TrainedNetwork | None, fwhm: float | None = None) -> Restoration:
     visits = observe(FIELD, [*PAIR, STAR], [0.97 * SEEING, SEEING, 1.03 * SEEING, SEEING] * 2, noise=5.0)
     settings = dataclasses.replace(QUICK, target_fwhm=fwhm)
     if oversampling == 1:
-        return restore(visits, FIELD, settings, network=network).image
-    return restore(
-        finer(visits, oversampling), finer_layout(FIELD, oversampling), settings, network=network
-    ).image
+        return restore(visits, FIELD, settings, network=network)
+    return restore(finer(visits, oversampling), finer_layout(FIELD, oversampling), settings, network=network)
 
 
 def dip(image: np.ndarray, oversampling: int) -> float:
@@ -328,7 +326,9 @@ def dip(image: np.ndarray, oversampling: int) -> float:
 @pytest.mark.parametrize("start", ["maximum likelihood", "pretrained"])
 def test_pair_is_split_on_finer_pixels_only(start: str) -> None:
     network = packaged_network() if start == "pretrained" else None
-    normal, fine = restored(1, network), restored(2, network)
+    result = restored(2, network)
+    assert start in result.metrics["method"]
+    normal, fine = restored(1, network).image, result.image
     interpolated = scipy.ndimage.zoom(normal, 2, order=5, grid_mode=True, mode="nearest") / 4.0
     assert dip(fine, 2) > 0.25
     assert dip(normal, 1) < 0.1

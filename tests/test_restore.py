@@ -122,7 +122,7 @@ def test_noise_of_one_visit_is_not_learned() -> None:
     visits = observe(LAYOUT, STARS, [1.8], seed=3)
     base, fitted = (restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=steps)) for steps in (0, 60))
     blank = gaussian_stars(LAYOUT.shape, STARS, 1.8) < 0.01
-    assert fitted.image[blank].std() < 0.1 * base.image[blank].std()
+    assert fitted.image[blank].std() < 0.02 * base.image[blank].std()
 
 
 def test_gap_keeps_the_model_and_is_flagged() -> None:

@@ -343,7 +343,7 @@ def test_pretrained_start(
 
 
 def test_noise_that_is_larger_than_its_variance_is_told(
-    warps: list[Warp], restored: Struct, caplog: pytest.LogCaptureFixture
+    warps: list[Warp], caplog: pytest.LogCaptureFixture
 ) -> None:
     wrong = [dataclasses.replace(warp, variance=warp.variance / 6.0) for warp in warps]
     with caplog.at_level(logging.WARNING):
