@@ -7,13 +7,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from quick import quick_task
 
 from lsst.coadd.deepprior.ingest import ingest_warp_files
 from lsst.coadd.deepprior.simulate import Scene, SceneConfig, write_scene
 from lsst.coadd.deepprior.warps import Warp
+from lsst.daf.butler import Butler
+from lsst.daf.butler.tests import addDatasetType
+from lsst.pipe.base import Struct
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +31,12 @@ def scene() -> Scene:
 def warps(scene: Scene) -> list[Warp]:
     """The r-band visits of the scene; they must not be changed."""
     return [scene.warp(number, "r") for number in range(scene.config.n_visits)]
+
+
+@pytest.fixture(scope="session")
+def restored(warps: list[Warp]) -> Struct:
+    """The r-band visits restored by `quick.quick_task`; it must not be changed."""
+    return quick_task().run(warps=warps)
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +64,21 @@ def repo(warp_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     path = tmp_path_factory.mktemp("repo") / "repo"
     ingest_warp_files(path, warp_files)
     return path
+
+
+@pytest.fixture(scope="module")
+def butler(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Butler:
+    """A repository with the warps of the shared one that the tests of a module may write to."""
+    path = tmp_path_factory.mktemp("tasks") / "repo"
+    shutil.copytree(repo, path)
+    butler = Butler.from_config(path, run="deepprior/warps", writeable=True)
+    for name, storage_class in {
+        "deep_prior_coadd": "CellCoadd",
+        "deep_prior_residual": "CellCoadd",
+        "deep_prior_coadd_outliers": "ArrowAstropy",
+        "deep_prior_coadd_metrics": "StructuredDataDict",
+        "deep_prior_coadd_sources": "ArrowAstropy",
+        "deep_prior_coadd_plot": "Plot",
+    }.items():
+        addDatasetType(butler, name, {"tract", "patch", "band", "skymap"}, storage_class)
+    return butler
