@@ -248,14 +248,16 @@ def test_butler_takes_the_converter_to_exposures() -> None:
 def test_multiband_quantum_has_the_warps_of_all_bands(drp_repo: Path) -> None:
     butler = Butler.from_config(drp_repo)
     pipeline = Pipeline.from_uri("$COADD_DEEPPRIOR_DIR/pipelines/multibandDeepPriorCoadd.yaml")
-    pipeline.addConfigFile("deepPriorCoadd", str(Path(__file__).parents[1] / "config" / "directWarps.py"))
+    pipeline.addConfigFile(
+        "deepPriorMultibandCoadd", str(Path(__file__).parents[1] / "config" / "directWarps.py")
+    )
     pipeline.addConfigOverride("plotDeepPriorCoadd", "warp_form", "exposure")
     graph = pipeline.to_graph(registry=butler.registry)
     builder = AllDimensionsQuantumGraphBuilder(
         graph, butler, input_collections=[RUN], output_run="u/test/bands"
     )
     built = builder.build(attach_datastore_records=False)
-    quanta = list(built.get_task_quanta("deepPriorCoadd").values())
+    quanta = list(built.get_task_quanta("deepPriorMultibandCoadd").values())
     assert len(quanta) == 2
     assert len(built.get_task_quanta("measureDeepPriorCoadd")) == 4
     for quantum in quanta:

@@ -143,8 +143,9 @@ def test_pipetask(repo: Path, tmp_path: Path) -> None:
     own = tmp_path / "repo"
     shutil.copytree(repo, own)
     arguments = ["-b", own, "-i", "deepprior/warps", "-o", "u/test/bands", "--register-dataset-types"]
-    chosen = ["-d", "skymap='deepprior_sim' AND patch=0", "-c", "deepPriorCoadd:check_psf=False"]
-    result = pipetask("run", *arguments, *QUICK, "-p", f"{MULTIBAND}#catalogue", *chosen)
+    chosen = ["-d", "skymap='deepprior_sim' AND patch=0", "-c", "deepPriorMultibandCoadd:check_psf=False"]
+    quick = [word.replace("deepPriorCoadd", "deepPriorMultibandCoadd") for word in QUICK]
+    result = pipetask("run", *arguments, *quick, "-p", f"{MULTIBAND}#catalogue", *chosen)
     assert result.returncode == 0, result.stdout
     assert "Executed 3 quanta successfully, 0 failed" in result.stdout
     butler = Butler.from_config(own, collections="u/test/bands")

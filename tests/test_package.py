@@ -68,6 +68,17 @@ def test_pipeline_is_found_with_and_without_eups(directory, monkeypatch):
     assert set(Pipeline.from_uri(camera).task_labels) > LABELS
 
 
+def test_pipelines_can_share_a_repository():
+    """Tasks of one label write their metadata under one name, whose dimensions a repository knows once."""
+    dimensions = {}
+    for path in sorted((ROOT / "pipelines").glob("*DeepPriorCoadd.yaml")) + [
+        ROOT / "pipelines/refinePsfs.yaml"
+    ]:
+        for label, task in Pipeline.from_uri(path.as_uri()).to_graph().tasks.items():
+            assert dimensions.setdefault(label, task.raw_dimensions) == task.raw_dimensions, (path, label)
+    assert len(dimensions) == 4
+
+
 def test_wheel_leaves_the_shared_namespace_alone(wheel):
     files = zipfile.ZipFile(wheel).namelist()
     assert "lsst/__init__.py" not in files

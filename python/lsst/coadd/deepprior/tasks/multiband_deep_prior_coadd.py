@@ -88,7 +88,7 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
     """Restore all bands of a patch together: each as `DeepPriorCoaddTask` does, with what the others show."""
 
     ConfigClass = DeepPriorMultibandCoaddConfig
-    _DefaultName = "deepPriorCoadd"
+    _DefaultName = "deepPriorMultibandCoadd"
     config: DeepPriorMultibandCoaddConfig
 
     def runQuantum(  # noqa: N802
