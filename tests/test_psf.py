@@ -90,6 +90,16 @@ def test_target_sigma_rule() -> None:
         target_sigma([4.0, 3.0], 4.5)
 
 
+def test_target_is_not_wider_than_the_best_seeing() -> None:
+    assert target_sigma([3.0, 10.0, 10.0]) * FWHM_PER_SIGMA == pytest.approx(2.7)
+    assert target_sigma([1.5, 10.0, 10.0]) * FWHM_PER_SIGMA == pytest.approx(2.0)
+    assert target_sigma([3.0, 10.0, 10.0], 4.2) * FWHM_PER_SIGMA == pytest.approx(4.2)
+    with pytest.raises(ValueError, match="best seeing, 3.00 pixels, .* FWHM 4.40 pixels; ask for a narrower"):
+        target_sigma([3.0, 10.0, 10.0], 4.4)
+    with pytest.raises(ValueError, match="best seeing, 1.30 pixels, .* finer pixels"):
+        target_sigma([1.3, 1.5, 2.2])
+
+
 def test_fit_star_recovers_a_sampled_gaussian() -> None:
     image = gaussian_stars((40, 51), [(30.3, 17.6, 250.0)], 1.4, ellipticity=0.1)
     fit = fit_star(image, x=30.0, y=18.0)

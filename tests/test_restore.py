@@ -15,6 +15,7 @@ from toy import gaussian_stars, observe
 
 from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
 from lsst.coadd.deepprior.conditions import AXES
+from lsst.coadd.deepprior.fit import make_trunk
 from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.network import FEATURES, Trunk, encoder_features, latent_and_slope
 from lsst.coadd.deepprior.operators import CellLayout
@@ -290,3 +291,29 @@ def test_a_cell_that_no_visit_sees_is_carried_by_the_prior(start: str) -> None:
     assert result.prior_carried[rows, columns].all()
     assert np.isnan(result.variance[rows, columns]).all()
     assert np.isfinite(result.variance[~result.prior_carried]).all()
+
+
+def test_one_visit_much_sharper_than_the_others() -> None:
+    """Half the median seeing is wider than its PSF: maximum likelihood at that target diverges."""
+    visits = observe(LAYOUT, STARS, [1.2, 4.0, 4.2, 4.1], seed=5, stamp=41)
+    result = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=0, base_steps=240))
+    assert result.metrics["residual"]["chi2_per_pixel"] < 2.0
+    assert fit_star(result.image, x=20.2, y=15.7, radius=4).flux == pytest.approx(8000.0, rel=0.05)
+
+
+def test_network_that_has_lost_the_light_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dark(*arguments: object) -> tuple[Trunk, list[tuple[int, float]]]:
+        trunk = make_trunk(1, torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            trunk.exit.weight.fill_(0.0)
+            trunk.exit.bias.fill_(-50.0)
+        return trunk, [(0, 1.0)]
+
+    visits = observe(LAYOUT, STARS, [1.6, 1.8, 2.2], seed=2)
+    # The light of stars is kept from the network; here nothing is a star.
+    monkeypatch.setattr("lsst.coadd.deepprior.network._significance", lambda *_: torch.zeros(1, 1, 1))
+    base = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=0))
+    monkeypatch.setattr("lsst.coadd.deepprior.fitted_patch.fit_scratch", dark)
+    result = restore(visits, LAYOUT, QUICK)
+    assert "lost the light" in result.metrics["method"]
+    np.testing.assert_array_equal(result.image, base.image)

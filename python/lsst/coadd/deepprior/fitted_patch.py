@@ -49,6 +49,11 @@ _DRAW_STEPS = 0.3
 """Steps of maximum likelihood for a noise realisation, as a part of those of the image: without new
 linearisations, which disturb their acceleration, so many give bright pixels the same noise."""
 
+_BRIGHT = 10.0
+_LOST = 0.5
+"""A network has lost the light if it leaves less than this part of that in pixels of the base that are so many
+times brighter than the noise. One that predicts visits at all keeps nearly all of it."""
+
 MARGIN = 16
 """Width in pixels of the visits of the canvas around the patch, for the light of sources just outside."""
 
@@ -60,7 +65,7 @@ class RestoreSettings:
     Parameters
     ----------
     target_fwhm : `float` or `None`
-        FWHM of the target PSF in pixels; `None` is half the median seeing, at least 2 pixels.
+        FWHM of the target PSF in pixels; `None` is what `~lsst.coadd.deepprior.psf.target_sigma` chooses.
     base_steps : `int`
         Steps of maximum likelihood behind the base that the network corrects.
     steps : `int`
@@ -279,6 +284,9 @@ def fit_patch(
             to_fit = in_halves(data, base, observations, settings.seed)
         net, curve = fit_scratch(to_fit, settings, progress, checkpoint, batches)
         method = "network fitted from scratch"
+        if _lost_light(net, features):
+            net = None
+            method = "maximum likelihood: the network that was fitted lost the light of bright sources"
         curves["fit_step"] = [float(step) for step, _ in curve]
         curves["held_out"] = [value for _, value in curve]
     stamps = coadd_stamps(data)
@@ -301,6 +309,13 @@ def fit_patch(
         times=times,
         started=started,
     )
+
+
+def _lost_light(net: Trunk, features: Features) -> bool:
+    """Return whether a network takes away what the data show beyond doubt."""
+    base = latent_and_slope(features.start, features.noise)[0]
+    bright = base > _BRIGHT * features.noise
+    return bool((mean_latent_image(net, features) * bright).sum() < _LOST * (base * bright).sum())
 
 
 def _latent(

@@ -41,6 +41,14 @@ FWHM_PER_SIGMA = 2.0 * math.sqrt(2.0 * math.log(2.0))
 MIN_TARGET_FWHM = 2.0
 """Narrowest target PSF in pixels (FWHM): a narrower Gaussian is not well sampled."""
 
+_BELOW_BEST = 0.9
+"""Largest default target PSF in units of the best seeing: a latent image that is wider than a visit would have
+to be sharpened for it."""
+
+_SHARPEST = 0.7
+"""Seeing, in units of the target PSF (FWHM), below which the kernels of a visit sharpen so much that maximum
+likelihood diverges; simulated visits of 0.67 do, those of 0.75 leave residuals of pure noise."""
+
 _INNER_TO_TARGET = 0.55
 """Sigma of the inner kernel r over that of the target g: the widest r with which ``r * u, u >= 0`` still
 holds g at any sub-pixel position to 0.15 % of its peak for a target of 0.8 pixel (0.66 leaves 0.8 %; see
@@ -96,7 +104,8 @@ def target_sigma(seeing_fwhm: Iterable[float], requested_fwhm: float | None = No
     seeing_fwhm : `~collections.abc.Iterable` [`float`]
         FWHM of the visits' PSFs in pixels.
     requested_fwhm : `float`, optional
-        FWHM asked for, in pixels; by default half the median seeing, at least `MIN_TARGET_FWHM`.
+        FWHM asked for, in pixels; by default half the median seeing, at most nine tenths of the best, and at
+        least `MIN_TARGET_FWHM`.
 
     Returns
     -------
@@ -107,11 +116,13 @@ def target_sigma(seeing_fwhm: Iterable[float], requested_fwhm: float | None = No
     ------
     ValueError
         Raised if the FWHM asked for is below 1.8 pixels, where pixels no longer sample a Gaussian, or not
-        narrower than the best seeing.
+        narrower than the worst seeing; and if the best seeing is below `_SHARPEST` of the target PSF.
     """
     seeing = np.asarray(list(seeing_fwhm), dtype=float)
     if requested_fwhm is None:
-        fwhm_pixels = max(0.5 * float(np.median(seeing)), MIN_TARGET_FWHM)
+        fwhm_pixels = max(
+            min(0.5 * float(np.median(seeing)), _BELOW_BEST * float(seeing.min())), MIN_TARGET_FWHM
+        )
     else:
         fwhm_pixels = float(requested_fwhm)
         if fwhm_pixels < 1.8:
@@ -124,6 +135,12 @@ def target_sigma(seeing_fwhm: Iterable[float], requested_fwhm: float | None = No
                 f"A target PSF with FWHM {fwhm_pixels:.2f} pixels is not sharper than the worst visit "
                 f"({seeing.max():.2f} pixels); ask for a narrower one."
             )
+    if seeing.min() < _SHARPEST * fwhm_pixels:
+        what = "ask for a narrower target PSF" if requested_fwhm else "restore on finer pixels (oversampling)"
+        raise ValueError(
+            f"The best seeing, {seeing.min():.2f} pixels, is too sharp for a target PSF with FWHM "
+            f"{fwhm_pixels:.2f} pixels; {what}, or leave that visit out."
+        )
     return fwhm_pixels / FWHM_PER_SIGMA
 
 

@@ -379,4 +379,9 @@ class DeepPriorCoaddTask(PipelineTask):
             self.log.warning(
                 "%s: restored without the network %s; %s.", label, network.name, metrics["method"]
             )
-        return {"init": "scratch" if restoration.curves["fit_step"] else "none"}
+        failed = metrics["method"].startswith("maximum likelihood")
+        if network is None and restoration.curves["fit_step"] and failed:
+            self.log.warning(
+                "%s: %s. Look for visits whose sky, PSF or variance is wrong.", label, metrics["method"]
+            )
+        return {"init": "scratch" if restoration.curves["fit_step"] and not failed else "none"}

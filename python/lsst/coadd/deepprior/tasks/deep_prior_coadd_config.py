@@ -105,8 +105,9 @@ class DeepPriorCoaddConfig(
     target_fwhm_arcsec = RangeField(
         dtype=float,
         doc="FWHM in arcsec of the PSF of the restored image. Without it (and without target_fwhm_pixels) it "
-        "is half the median seeing of the visits, and at least 2 pixels. A narrower PSF shows more detail, "
-        "which relies more on the prior; below 1.8 pixels the pixels do not sample it any more.",
+        "is half the median seeing of the visits, at most 0.9 of the best, and at least 2 pixels. A narrower "
+        "PSF shows more detail, which relies more on the prior; below 1.8 pixels the pixels do not sample it "
+        "any more.",
         default=None,
         optional=True,
         min=0.0,
