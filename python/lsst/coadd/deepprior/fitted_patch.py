@@ -51,8 +51,8 @@ linearisations, which disturb their acceleration, so many give bright pixels the
 
 _BRIGHT = 10.0
 _LOST = 0.5
-"""A network has lost the light if it leaves less than this part of that in pixels of the base that are so many
-times brighter than the noise. One that predicts visits at all keeps nearly all of it."""
+"""A network has lost the light if it leaves less than this part of that in pixels of the base that are so
+many times brighter than the noise. One that predicts visits at all keeps nearly all of it."""
 
 MARGIN = 16
 """Width in pixels of the visits of the canvas around the patch, for the light of sources just outside."""

@@ -42,8 +42,8 @@ MIN_TARGET_FWHM = 2.0
 """Narrowest target PSF in pixels (FWHM): a narrower Gaussian is not well sampled."""
 
 _BELOW_BEST = 0.9
-"""Largest default target PSF in units of the best seeing: a latent image that is wider than a visit would have
-to be sharpened for it."""
+"""Largest default target PSF in units of the best seeing: a latent image that is wider than a visit would
+have to be sharpened for it."""
 
 _SHARPEST = 0.7
 """Seeing, in units of the target PSF (FWHM), below which the kernels of a visit sharpen so much that maximum
