@@ -218,3 +218,20 @@ def test_variance_of_a_star_stays_with_the_star() -> None:
     ring = (np.hypot(x - 40.0, y - 35.0) > 8.0) & (np.hypot(x - 40.0, y - 35.0) < 12.0)
     assert np.median(np.sqrt(estimate[ring])) < 0.3
     assert np.sqrt(estimate[35, 40]) == pytest.approx(sigma[35, 40], rel=0.4)
+
+
+def test_variance_of_a_peak_is_not_that_of_its_foot() -> None:
+    """A star whose flux is known well, on uncertain surroundings."""
+    rng = np.random.default_rng(3)
+    star = gaussian_stars((60, 70), [(40.0, 25.0, 1e5)], 0.9)
+    sigma = 0.5 + 2e-4 * star
+    estimate = local_variance([sigma * rng.standard_normal(star.shape) for _ in range(8)], star, 1.0)
+    assert np.sqrt(estimate[25, 40]) < 1.5 * sigma[25, 40]
+    y, x = np.mgrid[:60, :70]
+    foot = (np.hypot(x - 40.0, y - 25.0) > 4.0) & (np.hypot(x - 40.0, y - 25.0) < 9.0)
+    assert np.median(np.sqrt(estimate[foot])) == pytest.approx(0.5, rel=0.2)
+
+
+def test_variance_is_positive_where_no_realisation_has_light() -> None:
+    dark = np.zeros((20, 30), dtype=np.float32)
+    assert (local_variance([dark, dark], dark, 2.0) > 0.0).all()

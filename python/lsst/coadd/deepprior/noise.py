@@ -228,13 +228,25 @@ class NoisyModel(Sequence[Observation]):
         return dataclasses.replace(original, flux=(prediction + noise * sigma).astype(np.float32))
 
 
-def local_variance(
-    differences: Sequence[np.ndarray], image: np.ndarray, noise: float, smoothing: float = 3.0
-) -> np.ndarray:
-    """Estimate the variance of an image from differences that noise alone made.
+_SKY_SMOOTHING, _LIGHT_SMOOTHING = 3.0, 1.5
+"""Sigmas in pixels of the neighbourhoods in which the variance of the sky and of light are estimated: wide
+for the few realisations that there are, narrow since the foot of a star may be uncertain and its peak not."""
 
-    Squares are averaged in a neighbourhood in units of ``noise^2 + noise * image``, which follows the steep
-    rise of the noise towards bright sources, so that it does not spread over their surroundings.
+_LEAST_NOISE = 1e-3
+"""Smallest standard deviation of a restored image, in units of the noise of the coadd. That no realisation has
+any light tells little of the next one, and a variance of 0 would be an infinite weight."""
+
+
+def local_variance(differences: Sequence[np.ndarray], image: np.ndarray, noise: float) -> np.ndarray:
+    r"""Estimate the variance of an image from differences that noise alone made.
+
+    With q the mean of their squares, n the noise of the coadd, x the image and :math:`s = n^2 + n x`, which
+    rises towards bright sources as steeply as the noise may,
+
+    .. math:: v = n^2\, G_3 * \frac{q}{s} + n x\, \frac{G_{1.5} * q}{G_{1.5} * s},
+
+    where G is a Gaussian of so many pixels: what is uncertain in the surroundings of a source does not spread
+    to its peak, nor the other way round.
 
     Parameters
     ----------
@@ -245,19 +257,23 @@ def local_variance(
         The image, not negative.
     noise : `float`
         Noise of the coadd, in the unit of the image.
-    smoothing : `float`, optional
-        Sigma in pixels of the Gaussian neighbourhood.
 
     Returns
     -------
     variance : `numpy.ndarray`, (y, x), float32
-        Squared unit of the image.
+        Squared unit of the image; positive.
     """
     if not differences:
         raise ValueError("A variance needs at least one realisation of the noise.")
-    scale = noise**2 + noise * image.astype(np.float64)
+    light = noise * image.astype(np.float64)
+    scale = noise**2 + light
     mean_square = np.zeros(image.shape)
     for difference in differences:
         mean_square += difference.astype(np.float64) ** 2 / len(differences)
-    mean_square /= scale
-    return (scale * scipy.ndimage.gaussian_filter(mean_square, smoothing, mode="reflect")).astype(np.float32)
+
+    def smooth(values: np.ndarray, sigma: float) -> np.ndarray:
+        return scipy.ndimage.gaussian_filter(values, sigma, mode="reflect")
+
+    variance = light * smooth(mean_square, _LIGHT_SMOOTHING) / smooth(scale, _LIGHT_SMOOTHING)
+    variance += noise**2 * smooth(mean_square / scale, _SKY_SMOOTHING)
+    return np.maximum(variance, (_LEAST_NOISE * noise) ** 2).astype(np.float32)
