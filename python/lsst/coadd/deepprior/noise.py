@@ -233,8 +233,8 @@ _SKY_SMOOTHING, _LIGHT_SMOOTHING = 3.0, 1.5
 for the few realisations that there are, narrow since the foot of a star may be uncertain and its peak not."""
 
 _LEAST_NOISE = 1e-3
-"""Smallest standard deviation of a restored image, in units of the noise of the coadd. That no realisation has
-any light tells little of the next one, and a variance of 0 would be an infinite weight."""
+"""Smallest standard deviation of a restored image, in units of the noise of the coadd. That no realisation
+has any light tells little of the next one, and a variance of 0 would be an infinite weight."""
 
 
 def local_variance(differences: Sequence[np.ndarray], image: np.ndarray, noise: float) -> np.ndarray:
