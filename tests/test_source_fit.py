@@ -209,3 +209,34 @@ def test_bad_input_nothing_and_others() -> None:
     found = fit_sources(np.array([30.2]), np.array([24.9]), [other], make_coadd(image))
     np.testing.assert_allclose([found.flux[0], found.y[0], found.x[0]], [900.0, 30.0, 25.0], rtol=2e-3)
     assert 0.0 < SYSTEMATIC_FLOOR <= 0.005
+
+
+@pytest.mark.parametrize(("snr", "radius"), [(60.0, 2.5), (100.0, 3.0)])
+def test_profile_does_not_take_in_a_halo(snr: float, radius: float) -> None:
+    """A galaxy on wide, faint light that is not its own: its size ends where it is no brighter than the noise,
+    and so does what its fit says.
+    """
+    rng = np.random.default_rng(9)
+    flux = snr * POINT_ERROR
+    galaxy = galsim.Convolve(
+        galsim.Sersic(n=1.0, half_light_radius=radius, flux=flux), galsim.Gaussian(sigma=SEEING)
+    )
+    drawn = galsim.ImageD(161, 141, scale=1.0, xmin=0, ymin=0)
+    galaxy.drawImage(drawn, center=galsim.PositionD(80.3, 70.6), method="no_pixel")
+    halo = gaussian_stars((141, 161), [(80.3, 70.6, 4.0 * flux)], 25.0)
+    coadd = make_coadd(drawn.array + halo + rng.standard_normal((141, 161)))
+    at = np.array([70.5]), np.array([80.4])
+    free, limited = (fit_sources(*at, [], coadd, extent=extent) for extent in (None, np.array([8.0])))
+    assert free.flux[0] > 2.5 * flux
+    assert flux < limited.flux[0] < 1.7 * flux
+
+
+def test_star_of_a_slightly_wrong_psf_is_no_galaxy() -> None:
+    rng = np.random.default_rng(10)
+    flux = 3000.0 * POINT_ERROR
+    for wider, extended in ((1.01, False), (1.06, True)):
+        star = gaussian_stars((80, 90), [(40.3, 35.6, flux)], wider * SEEING)
+        coadd = make_coadd(star + rng.standard_normal(star.shape))
+        found = fit_sources(np.array([35.5]), np.array([40.4]), [], coadd)
+        assert found.extended[0] == extended
+        assert found.flux[0] == pytest.approx(flux, rel=0.015)

@@ -214,7 +214,7 @@ def measure_sources(
     if not templates:
         return _table({name: np.zeros(0) for name in _COLUMNS})
     columns = _columns_of(pieces, templates, inputs)
-    columns, stamps, sky = _with_profiles(columns, templates, inputs, settings)
+    columns, stamps, sky = _with_profiles(columns, pieces, templates, inputs, settings)
     y, x = columns["y"], columns["x"]
     columns |= _point_and_aperture_fluxes(y, x, stamps, columns["flux"], inputs.coadd.without(sky))
     columns["flux_sys_err"] = SYSTEMATIC_FLOOR * np.abs(columns["flux"])
@@ -284,6 +284,7 @@ def _columns_of(
 
 def _with_profiles(
     columns: dict[str, np.ndarray],
+    pieces: Sequence[Stamp],
     templates: Sequence[Stamp],
     inputs: MeasureInputs,
     settings: DetectionSettings,
@@ -295,7 +296,10 @@ def _with_profiles(
     points = [coadd.point(*position) for position in zip(columns["y"], columns["x"], strict=True)]
     seen = np.array([(coadd.weight[p.slices] * p.array**2).sum() > 0.0 for p in points])
     unseen = [template for template, use in zip(templates, seen, strict=True) if not use]
-    found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd)
+    # What the model does not show is at most a little wider than the PSF.
+    extent = np.array([coadd.fwhm[coadd.cell(*at)] for at in zip(columns["y"], columns["x"], strict=True)])
+    extent[: len(pieces)] = [math.sqrt(np.count_nonzero(piece.array) / math.pi) for piece in pieces]
+    found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd, extent=extent[seen])
     # A source that the model merged with a galaxy shows only when the galaxy has a profile of its own.
     fitted = render(found.stamps, found.flux, coadd.shape)
     late = _missed(fitted, coadd.without(found.sky), inputs.clipped, settings)
@@ -304,7 +308,10 @@ def _with_profiles(
         more = _columns_of([], late, inputs)
         columns = {name: np.concatenate([values, more[name]]) for name, values in columns.items()}
         seen = np.append(seen, np.ones(len(late), dtype=bool))
-        found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd, known=found)
+        extent = np.append(
+            extent, [coadd.fwhm[coadd.cell(*at)] for at in zip(more["y"], more["x"], strict=True)]
+        )
+        found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd, found, extent[seen])
     blended = JointFit.of([*templates, *late], coadd).correlation().max(axis=1).toarray().ravel() > BLEND
     # What is two points takes two rows.
     row = np.concatenate([np.flatnonzero(seen)[found.parent], np.flatnonzero(~seen)])

@@ -22,6 +22,7 @@ from .fitted_source import MAX_WIDTH, POSITION_STEP, Source
 from .galaxy_profiles import GalaxyShape
 from .joint_fit import Coadd, JointFit, Stamp, normal_equations, render, slope
 from .pairs import fit_pair
+from .psf import FWHM_PER_SIGMA
 
 SYSTEMATIC_FLOOR = 0.005
 """Relative error of fluxes from the flux scale and the PSF models, which no simulation of ours has: half of
@@ -29,6 +30,10 @@ what Rubin requires of the flux scale (LSST Science Requirements Document, LPM-1
 
 _EXTENDED = 3.0
 """Significance of the width beyond that of the PSF from which a source is extended."""
+
+_PSF_WIDTH_ERROR = 0.02
+"""Relative error of the width of the PSF up to which a source is not called extended, however significant:
+a star would get the wings of a galaxy."""
 
 _SHAPE_SNR = 20.0
 """S/N from which the shape of an extended source is fitted, and not only its width."""
@@ -43,6 +48,9 @@ _SETTLED = 0.02
 
 _SHARED = 0.01
 """Correlation of two sources from which one is fitted again when the other has changed."""
+
+_STIFF = 1e8
+"""Precision of a parameter that is held at its limit, in units of that from the data."""
 
 _TINY = 1e-30
 
@@ -105,6 +113,7 @@ def fit_sources(
     others: Sequence[Stamp],
     coadd: Coadd,
     known: SourceFit | None = None,
+    extent: np.ndarray | None = None,
 ) -> SourceFit:
     r"""Fit all sources of a patch together.
 
@@ -133,6 +142,9 @@ def fit_sources(
         Data and noise.
     known : `SourceFit`, optional
         Fit of the first of the positions. What shares light with none of the others goes on from there.
+    extent : `numpy.ndarray`, (source,), optional
+        Radii in pixels of the regions in which the sources are brighter than the noise, which limit their
+        sizes; without limit by default.
 
     Returns
     -------
@@ -146,7 +158,8 @@ def fit_sources(
     """
     if len(y) != len(x):
         raise ValueError(f"There are {len(y)} positions y and {len(x)} positions x; give one each.")
-    sources = [Source(float(a), float(b)) for a, b in zip(y, x, strict=True)]
+    extent = np.full(len(y), np.inf) if extent is None else extent
+    sources = [Source(float(a), float(b), extent=float(c)) for a, b, c in zip(y, x, extent, strict=True)]
     if not sources:
         none = np.zeros(0)
         nothing = np.zeros(0, dtype=int)
@@ -243,7 +256,7 @@ class _Model:
         templates, first = self._templates(chosen)
         sources = [self.sources[k] for k in chosen]
         fit = _with_prior(normal_equations(templates, coadd), sources, self.flux[chosen], first)
-        solution, _ = _above_sky(fit, templates, coadd)
+        solution, _ = self._solved(fit, templates, chosen, first, coadd)
         self.flux[chosen] = np.maximum(np.abs(solution[: len(chosen)]), _TINY)
         moved = np.zeros(len(chosen), dtype=bool)
         for n, (k, source) in enumerate(zip(chosen, sources, strict=True)):
@@ -256,6 +269,22 @@ class _Model:
                 change = np.zeros(len(change))
             self._changes[k] = change
         return moved
+
+    def _solved(
+        self, fit: JointFit, templates: Sequence[Stamp], chosen: np.ndarray, first: np.ndarray, coadd: Coadd
+    ) -> tuple[np.ndarray, float]:
+        """Return the parameters that fit best, and the sky; what is at its limit does not go on."""
+        solution, sky = _above_sky(fit, templates, coadd)
+        stuck = []
+        for n, k in enumerate(chosen):
+            change = solution[first[n] + 2 : first[n + 1]] / self.flux[k]
+            stuck += (first[n] + 2 + np.flatnonzero(self.sources[k].stuck(change, self._limit[k]))).tolist()
+        if stuck:
+            stiff = np.zeros(len(solution))
+            stiff[stuck] = _STIFF * fit.normal.diagonal()[stuck]
+            held = (fit.normal + scipy.sparse.diags_array(stiff)).tocsr()
+            solution, sky = _above_sky(dataclasses.replace(fit, normal=held), templates, coadd)
+        return solution, sky
 
     def _without(self, settled: np.ndarray) -> Coadd:
         """Return the coadd without some sources."""
@@ -273,7 +302,7 @@ class _Model:
         """
         templates, first = self._templates(range(len(self.sources)))
         fit = _with_prior(normal_equations(templates, self.coadd), self.sources, self.flux, first)
-        solution, sky = _above_sky(fit, templates, self.coadd)
+        solution, sky = self._solved(fit, templates, np.arange(len(self.sources)), first, self.coadd)
         left = self.coadd.image - sky - render(templates, solution, self.coadd.shape)
         result = []
         for k, (source, own) in enumerate(zip(self.sources, self._own, strict=True)):
@@ -295,7 +324,7 @@ class _Model:
         coadd, sources, n = self.coadd, self.sources, len(self.sources)
         templates, first = self._templates(range(n))
         full = _with_prior(JointFit.of(templates, coadd), sources, self.flux, first)
-        solution, sky = _above_sky(full, templates, coadd)
+        solution, sky = self._solved(full, templates, np.arange(n), first, coadd)
         errors = full.errors()
         certain = np.concatenate([np.arange(n), *(first[k] + np.arange(2) for k in range(n))])
         certain = np.concatenate([certain, np.arange(first[-1], len(templates))])
@@ -357,8 +386,10 @@ def _classify(
     snr = solution[:n] / errors[:n]
     extended = solution[n : 2 * n] > _EXTENDED * errors[n : 2 * n]
     for k, source in enumerate(sources):
-        width = MAX_WIDTH * float(coadd.fwhm[coadd.cell(source.y, source.x)])
+        fwhm = float(coadd.fwhm[coadd.cell(source.y, source.x)])
+        width = MAX_WIDTH * fwhm
         ratio = 2.0 * solution[n + k] / solution[k] if solution[k] > 0.0 else 0.0
+        extended[k] &= ratio > 2.0 * _PSF_WIDTH_ERROR * (fwhm / FWHM_PER_SIGMA) ** 2
         if extended[k] and snr[k] >= _SHAPE_SNR:
             variance = min(max(ratio, 0.2), width**2)
             sources[k] = source.shaped(variance)
