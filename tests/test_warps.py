@@ -80,6 +80,18 @@ def test_every_kind_of_bad_pixel_is_unusable(warp: Warp) -> None:
     np.testing.assert_array_equal(bad.flagged(["CR"]), planes["CR"])
 
 
+@pytest.mark.parametrize("rows", [4, 40])
+@pytest.mark.parametrize("value", [1e9, 1e30, 3e38])
+def test_pixels_marked_by_a_huge_variance_are_unusable(warp: Warp, rows: int, value: float) -> None:
+    """They may be most of the box; the core of a bright star, with the noise of its photons, stays."""
+    variance = warp.variance.copy()
+    variance[:rows] = value
+    variance[45, 5] = 5e4
+    expected = warp.unusable([])
+    expected[:rows] = True
+    np.testing.assert_array_equal(changed(warp, variance=variance).unusable([]), expected)
+
+
 def test_observation_lies_at_its_place_in_the_patch(warp: Warp) -> None:
     observation = warp.observation(["BAD"])
     assert observation.origin == (25, 10)
