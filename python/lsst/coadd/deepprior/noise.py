@@ -167,9 +167,9 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
     return layers if step == 1 else spread_layers(layers, step)
 
 
-def _stamp_at(stamps: np.ndarray, layout: CellLayout, step: int, y: float, x: float) -> np.ndarray:
-    """Return the stamp of the cell that holds a position in pixels of the visits."""
-    return own_stamp(stamps[step * round(y) // layout.height, step * round(x) // layout.width], step)
+def _stamp_at(stamps: np.ndarray, layout: CellLayout, step: int, y: int, x: int) -> np.ndarray:
+    """Return the stamp of the cell that holds a pixel of the visits."""
+    return own_stamp(stamps[step * y // layout.height, step * x // layout.width], step)
 
 
 def _add_stamps(total: np.ndarray, stamps: np.ndarray) -> np.ndarray:
