@@ -72,6 +72,14 @@ def test_data_kernel_is_the_carry_kernel_times_the_inner_kernel() -> None:
     np.testing.assert_allclose(data_kernel(psf, sigma), product / product.sum(), atol=2e-5)
 
 
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_a_stamp_may_be_smaller_than_the_target(size: int) -> None:
+    psf = gaussian_stamp(2.0, size)
+    wide = carry_kernel(np.pad(psf, 20), 1.5)[20:-20, 20:-20]
+    kernel = carry_kernel(psf, 1.5)
+    np.testing.assert_allclose(kernel, wide / wide.sum(), atol=0.01 * kernel.max())
+
+
 @pytest.mark.parametrize(
     "stamp", [np.ones((4, 4)), np.ones((3, 5)), np.zeros((3, 3)), np.full((3, 3), np.nan), np.ones(9)]
 )

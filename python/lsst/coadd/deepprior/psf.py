@@ -148,8 +148,9 @@ def _divide_by_target(psfs: np.ndarray, sigma: float, numerator_sigma: float | N
     k = psfs.shape[-1]
     for stamp in psfs.reshape(-1, *psfs.shape[-2:]):
         _check_stamp(stamp)
-    # The stamps' central pixel stays at (k // 2, k // 2), so that the quotient is centred there too.
-    size = scipy.fft.next_fast_len(2 * k + 1, real=True)
+    # The stamps' central pixel stays at (k // 2, k // 2), so that the quotient is centred there too. Small
+    # stamps may be narrower than g.
+    size = scipy.fft.next_fast_len(k + max(k + 1, len(gaussian_stamp(sigma))), real=True)
     g = _gaussian_transfer(sigma, size)
     factor = np.conj(g) / (np.abs(g) ** 2 + _REGULARISATION**2)
     if numerator_sigma is not None:
