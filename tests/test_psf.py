@@ -21,6 +21,7 @@ from lsst.coadd.deepprior.psf import (
     gaussian_stamp,
     inner_sigma,
     shift_stamp,
+    stamp_fault,
     target_sigma,
 )
 
@@ -86,6 +87,17 @@ def test_a_stamp_may_be_smaller_than_the_target(size: int) -> None:
 def test_unusable_stamps_are_refused(stamp: np.ndarray) -> None:
     with pytest.raises(ValueError, match="PSF stamp"):
         data_kernel(stamp, 0.9)
+
+
+def test_what_can_be_no_psf() -> None:
+    sharp, wide = gaussian_stamp(0.41, 15), gaussian_stamp(0.45, 15)
+    assert stamp_fault(wide) is None
+    assert "82% of its light" in str(stamp_fault(sharp))
+    noise = 1e-3 * np.random.default_rng(1).normal(size=(31, 31))
+    assert stamp_fault(gaussian_stamp(2.0, 31) + noise) is None
+    lobe = np.roll(gaussian_stamp(2.0, 31), 8, axis=1)
+    assert stamp_fault(gaussian_stamp(2.0, 31) - 0.4 * lobe) is None
+    assert "negative part of 69%" in str(stamp_fault(gaussian_stamp(2.0, 31) - 0.7 * lobe))
 
 
 def test_target_sigma_rule() -> None:

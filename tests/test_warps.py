@@ -231,6 +231,9 @@ def psf_with(warp: Warp, shape: tuple[int, int] = (5, 5), **pixels: float) -> An
         (lambda w: {"mask": moved_mask(w)}, "the mask covers"),
         (lambda w: {"psf": psf_with(w, corner=np.nan)}, "stamp of cell (0, 1) is finite only in part"),
         (lambda w: {"psf": psf_with(w, corner=-24.0)}, "stamp of cell (0, 1) has the sum 0"),
+        (lambda w: {"psf": psf_with(w, fill=0.01)}, "stamp of cell (0, 1) has 81% of its light in one pixel"),
+        (lambda w: {"psf": psf_with(w, corner=-13.0)}, "has a negative part of 54% of its positive part"),
+        (lambda w: {"psf": psf_with(w, (1, 1))}, "has 100% of its light in one pixel"),
         (lambda w: {"psf": psf_with(w, (4, 4))}, "even size"),
         (lambda w: {"psf": psf_with(w, (5, 7))}, "not square"),
         (

@@ -22,6 +22,7 @@ from lsst.images.cells import CellCoadd, CellGrid, CellPointSpreadFunction, Patc
 from .cells import fill_cells, make_cell_field, make_cell_psf, spread_cell_field
 from .observation import Observation
 from .provenance import make_provenance
+from .psf import stamp_fault
 
 _LARGEST_VARIANCE = 1e5
 """Variance, as a multiple of `_usual_variance`, above which a pixel is marked as bad and not measured: a full
@@ -180,13 +181,9 @@ class Warp:
                 raise self._invalid("its PSF stamps have an even size and so no central pixel") from None
             if np.isnan(stamp).all():
                 continue
-            if not np.isfinite(stamp).all():
-                raise self._invalid(f"the PSF stamp of cell ({cell.i}, {cell.j}) is finite only in part")
-            if (total := stamp.sum(dtype=np.float64)) <= 0.0:
-                raise self._invalid(
-                    f"the PSF stamp of cell ({cell.i}, {cell.j}) has the sum {total:g}, not positive"
-                )
-            stamps[cell.i, cell.j] = stamp / total
+            if fault := stamp_fault(stamp):
+                raise self._invalid(f"the PSF stamp of cell ({cell.i}, {cell.j}) {fault}")
+            stamps[cell.i, cell.j] = stamp / stamp.sum(dtype=np.float64)
         return stamps
 
     @property
