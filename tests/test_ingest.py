@@ -142,8 +142,17 @@ REFUSALS = {
     "empty PSF": (emptied("PSF"), "the extension PSF is empty"),
     "PSF of NaN": (data("PSF", lambda a: a * np.nan), "the PSF is empty, it holds nothing but NaN"),
     "PSF with one NaN": (data("PSF", lambda a: with_corner(a, np.nan)), "a PSF stamp is finite only in part"),
-    "PSF of sum 0": (data("PSF", lambda a: a * 0.0), "the sum of a PSF stamp is not positive"),
-    "PSF of negative sum": (data("PSF", lambda a: -a), "the sum of a PSF stamp is not positive"),
+    "PSF of sum 0": (data("PSF", lambda a: a * 0.0), "a PSF stamp has the sum 0, not positive"),
+    "PSF of negative sum": (data("PSF", lambda a: -a), "a PSF stamp has the sum -1, not positive"),
+    "PSF of one pixel": (data("PSF", lambda a: a[7:8, 7:8]), "has 100% of its light in one pixel"),
+    "PSF of one bright pixel": (
+        data("PSF", lambda a: (a == a.max()) * 1.0),
+        "100% of its light in",
+    ),
+    "PSF much below 0": (
+        data("PSF", lambda a: a - 0.9 * np.roll(a, 8, axis=1)),
+        "a PSF stamp has a negative part of",
+    ),
     "PSF of other cells": (data("PSF", lambda a: many(a, (3, 2))), "PSF stamps for (3, 2) cells"),
     "no VISIT": (without("PRIMARY", "VISIT"), "the keyword VISIT is missing"),
     "no BAND": (without("PRIMARY", "BAND"), "the keyword BAND is missing"),
@@ -154,6 +163,16 @@ REFUSALS = {
     "negative VISIT": (header("PRIMARY", VISIT=-3), "VISIT = -3 is not an integer of at least 0"),
     "very long INSTRUME": (header("PRIMARY", INSTRUME="x" * 33), "not a text of at most 32 characters"),
     "MJD that is no number": (header("PRIMARY", MJD="today"), "MJD = 'today' is not a number"),
+    "huge VISIT": (header("PRIMARY", VISIT=2**65), f"VISIT = {2**65} is larger than"),
+    "huge TRACT": (header("PRIMARY", TRACT=2**63), f"TRACT = {2**63} is larger than"),
+    "huge PATCH": (header("PRIMARY", PATCH=2**63), f"PATCH = {2**63} is larger than"),
+    "MJD far in the future": (
+        header("PRIMARY", MJD=1e9),
+        "MJD = 1000000000.0 is not between 41000 and 88000",
+    ),
+    "MJD far in the past": (header("PRIMARY", MJD=-1e7), "MJD = -10000000.0 is not between"),
+    "Julian date": (header("PRIMARY", MJD=2460000.5), "MJD = 2460000.5 is not between"),
+    "negative EXPTIME": (header("PRIMARY", EXPTIME=-30.0), "EXPTIME = -30.0 is not between 0 and 1e+07"),
     "part of the cell grid": (without("PRIMARY", "PATNX"), "the keyword PATNX is missing"),
     "cells of no size": (header("PRIMARY", CELLSZ=0), "CELLSZ = 0 is not an integer of at least 1"),
     "other cells": (header("PRIMARY", CELLSZ=16), "cell grid"),
@@ -518,6 +537,16 @@ def test_files_without_cell_grid_take_that_of_their_neighbours(tmp_path: Path) -
         warp = stored(repo, instrument="Cam", visit=visit, skymap="deepprior", tract=0, patch=0)
         # 50 columns are two and a half cells.
         assert warp.patch.cells.bbox == Box.factory[0:40, -10:50]
+
+
+@pytest.mark.parametrize("mjd", [41000.0, 88000.0])
+def test_exposures_of_the_first_and_last_years_are_held(mjd: float, tmp_path: Path) -> None:
+    file = bare(tmp_path / "a.fits", 2**63 - 1, 0, 0, (20, 30), MJD=mjd, EXPTIME=1e7)
+    result = ingest(tmp_path / "repo", file)
+    assert result.exit_code == 0, result.output
+    with Butler.from_config(str(tmp_path / "repo")) as butler:
+        (visit,) = butler.query_dimension_records("visit")
+    assert (visit.timespan.end - visit.timespan.begin).sec == pytest.approx(1e7)
 
 
 def test_two_instruments_may_use_the_same_visit_number(tmp_path: Path) -> None:

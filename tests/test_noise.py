@@ -131,6 +131,32 @@ def test_outlier_is_clipped_from_both_coadds_and_flagged() -> None:
     assert np.abs(layers.coadd[50, 10:20]).max() < 5.0
 
 
+@pytest.mark.parametrize("flux", [1e8, 1e20, 1e30])
+def test_a_huge_pixel_leaves_what_the_other_visits_say(flux: float) -> None:
+    visits = observe(LAYOUT, STARS, [1.5, 2.0, 1.8, 1.6], seed=6)
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    latent = true_latent(data)
+    visits[2].flux[50, 10:12] = flux
+    layers = coadd_layers(data, latent, visits)
+    without = [visit for index, visit in enumerate(visits) if index != 2]
+    expected = coadd_layers(PatchData(without, LAYOUT, SIGMA, margin=8), latent, without)
+    assert layers.clipped[50, 10:12].all()
+    for name in ("coadd", "residual", "variance"):
+        found, wanted = getattr(layers, name)[50, 10:12], getattr(expected, name)[50, 10:12]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=name)
+    assert layers.chi2 == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_huge_pixel_of_few_visits_has_a_finite_chi2() -> None:
+    visits = observe(LAYOUT, STARS, [1.5, 2.0], seed=6)
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    latent = true_latent(data)
+    visits[1].flux[50, 10] = 1e30
+    layers = coadd_layers(data, latent, visits)
+    assert np.isfinite(layers.chi2)
+    assert layers.chi2 > 1e6
+
+
 def test_faint_trail_is_clipped_though_no_pixel_stands_out() -> None:
     layout = CellLayout(1, 1, 80, 90)
     visits = observe(layout, [], [1.5, 2.0, 1.8, 1.6], seed=6)

@@ -72,6 +72,21 @@ def test_a_trail_is_long() -> None:
     assert trail.y == pytest.approx(60.5, abs=0.3)
 
 
+def test_the_centre_of_an_outlier_may_lie_in_a_cell_without_psf() -> None:
+    visits = observe(LAYOUT, STARS, SIGMAS, seed=6)
+    visits[1].psf[0, 0] = np.nan
+    visits[1].good[:40, :36] = False
+    visits[1].flux[40:42, 5:36] += 30.0
+    visits[1].flux[8:42, 36:38] += 30.0
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    latent = maximum_likelihood(data, data.sets(), steps=120).latent[0]
+    trail = max(coadd_layers(data, latent, visits).outliers, key=lambda one: len(one.pixels[0]))
+    assert trail.visit == 1
+    assert trail.y < 40.0
+    assert trail.x < 36.0
+    assert np.isfinite([trail.psf_flux, trail.psf_flux_err]).all()
+
+
 def test_table_of_outliers() -> None:
     layers = layers_with({2: [(36.3, 39.6, 300.0)], 0: [(90.0, 20.0, 300.0)]})
     visits = [SimpleNamespace(instrument="Cam", visit=100 + n, day_obs=20260101 + n) for n in range(5)]

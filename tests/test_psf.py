@@ -21,6 +21,7 @@ from lsst.coadd.deepprior.psf import (
     gaussian_stamp,
     inner_sigma,
     shift_stamp,
+    stamp_fault,
     target_sigma,
 )
 
@@ -72,12 +73,31 @@ def test_data_kernel_is_the_carry_kernel_times_the_inner_kernel() -> None:
     np.testing.assert_allclose(data_kernel(psf, sigma), product / product.sum(), atol=2e-5)
 
 
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_a_stamp_may_be_smaller_than_the_target(size: int) -> None:
+    psf = gaussian_stamp(2.0, size)
+    wide = carry_kernel(np.pad(psf, 20), 1.5)[20:-20, 20:-20]
+    kernel = carry_kernel(psf, 1.5)
+    np.testing.assert_allclose(kernel, wide / wide.sum(), atol=0.01 * kernel.max())
+
+
 @pytest.mark.parametrize(
     "stamp", [np.ones((4, 4)), np.ones((3, 5)), np.zeros((3, 3)), np.full((3, 3), np.nan), np.ones(9)]
 )
 def test_unusable_stamps_are_refused(stamp: np.ndarray) -> None:
     with pytest.raises(ValueError, match="PSF stamp"):
         data_kernel(stamp, 0.9)
+
+
+def test_what_can_be_no_psf() -> None:
+    sharp, wide = gaussian_stamp(0.41, 15), gaussian_stamp(0.45, 15)
+    assert stamp_fault(wide) is None
+    assert "82% of its light" in str(stamp_fault(sharp))
+    noise = 1e-3 * np.random.default_rng(1).normal(size=(31, 31))
+    assert stamp_fault(gaussian_stamp(2.0, 31) + noise) is None
+    lobe = np.roll(gaussian_stamp(2.0, 31), 8, axis=1)
+    assert stamp_fault(gaussian_stamp(2.0, 31) - 0.4 * lobe) is None
+    assert "negative part of 69%" in str(stamp_fault(gaussian_stamp(2.0, 31) - 0.7 * lobe))
 
 
 def test_target_sigma_rule() -> None:

@@ -257,6 +257,8 @@ def test_bad_input_is_refused() -> None:
         RestoreSettings(steps=-1)
     with pytest.raises(ValueError, match="learning_rate"):
         RestoreSettings(learning_rate=0.0)
+    with pytest.raises(NothingToRestoreError, match="no visit"):
+        restore([], LAYOUT)
     for visit in visits:
         visit.psf[...] = np.nan
     with pytest.raises(NothingToRestoreError, match="PSF"):

@@ -80,6 +80,18 @@ def test_every_kind_of_bad_pixel_is_unusable(warp: Warp) -> None:
     np.testing.assert_array_equal(bad.flagged(["CR"]), planes["CR"])
 
 
+@pytest.mark.parametrize("rows", [4, 40])
+@pytest.mark.parametrize("value", [1e9, 1e30, 3e38])
+def test_pixels_marked_by_a_huge_variance_are_unusable(warp: Warp, rows: int, value: float) -> None:
+    """They may be most of the box; the core of a bright star, with the noise of its photons, stays."""
+    variance = warp.variance.copy()
+    variance[:rows] = value
+    variance[45, 5] = 5e4
+    expected = warp.unusable([])
+    expected[:rows] = True
+    np.testing.assert_array_equal(changed(warp, variance=variance).unusable([]), expected)
+
+
 def test_observation_lies_at_its_place_in_the_patch(warp: Warp) -> None:
     observation = warp.observation(["BAD"])
     assert observation.origin == (25, 10)
@@ -219,6 +231,9 @@ def psf_with(warp: Warp, shape: tuple[int, int] = (5, 5), **pixels: float) -> An
         (lambda w: {"mask": moved_mask(w)}, "the mask covers"),
         (lambda w: {"psf": psf_with(w, corner=np.nan)}, "stamp of cell (0, 1) is finite only in part"),
         (lambda w: {"psf": psf_with(w, corner=-24.0)}, "stamp of cell (0, 1) has the sum 0"),
+        (lambda w: {"psf": psf_with(w, fill=0.01)}, "stamp of cell (0, 1) has 81% of its light in one pixel"),
+        (lambda w: {"psf": psf_with(w, corner=-13.0)}, "has a negative part of 54% of its positive part"),
+        (lambda w: {"psf": psf_with(w, (1, 1))}, "has 100% of its light in one pixel"),
         (lambda w: {"psf": psf_with(w, (4, 4))}, "even size"),
         (lambda w: {"psf": psf_with(w, (5, 7))}, "not square"),
         (

@@ -32,7 +32,7 @@ from .noise_draws import draw_noise
 from .observation import Observation
 from .operators import CellLayout
 from .parallel import give_freed_memory_back
-from .patch_data import PatchData
+from .patch_data import NothingToRestoreError, PatchData
 from .point_sources import PointSources, point_sources
 from .psf import target_sigma
 from .scratch import fit_scratch
@@ -243,6 +243,8 @@ def fit_patch(
         The restored sky.
     """
     started = time.monotonic()
+    if not len(observations):
+        raise NothingToRestoreError("There is no visit of the patch to restore.")
     data = PatchData(
         observations,
         layout,

@@ -26,6 +26,9 @@ from .patch_data import PatchData
 
 _MIN_VISITS_FOR_OUTLIERS = 3
 
+_LARGEST_DEVIATION = 1e9
+"""Deviation in standard deviations up to which pixels count in chi^2; its square is a number in float32."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CoaddLayers:
@@ -105,9 +108,9 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
     weight = np.where(enters, data.weight, 0.0)
     inner = data.sampled
     shape = (layout.shape[0] // step, layout.shape[1] // step)
-    # Of all good pixels; what outliers have added is kept apart.
+    # Outliers are added at the end, where they count: in a sum with one of 1e8 the other visits are lost.
     total = np.zeros((5, *shape), dtype=np.float32)
-    rejected: list[tuple[np.ndarray, np.ndarray]] = []
+    set_apart: list[tuple[np.ndarray, np.ndarray]] = []
     count, n_good, n_rejected, n_entering = (np.zeros(shape, dtype=np.int16) for _ in range(4))
     reject = int((data.weight > 0.0).any(axis=(1, 2)).sum()) >= _MIN_VISITS_FOR_OUTLIERS
     psf = np.zeros((layout.n_i, layout.n_j, 1, 1))
@@ -122,15 +125,14 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         w = pixel_weight * seen
         variance = np.where(w > 0, visit.variance[inner].cpu().numpy(), 1.0)
         difference = residual[inner].cpu().numpy()
+        deviation = np.where(w > 0, difference / np.sqrt(variance), 0.0)
         terms = [
             w,
             w * visit.flux[inner].cpu().numpy(),
             w * difference,
             w**2 * variance,
-            np.where(w > 0, difference**2 / variance, 0.0),
+            np.clip(deviation, -_LARGEST_DEVIATION, _LARGEST_DEVIATION) ** 2,
         ]
-        for one, term in zip(total, terms, strict=True):
-            one += term
         count += w > 0
         n_entering += pixel_weight > 0
         if reject:
@@ -140,13 +142,17 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
             psf_at = functools.partial(_stamp_at, observations[index].psf, layout, step)
             found += outliers_of_visit(index, outlier, difference, variance, w > 0, psf_at)
             pixels = np.flatnonzero(outlier)
-            rejected.append((pixels, np.stack([term.ravel()[pixels] for term in terms])))
+            set_apart.append((pixels, np.stack([term.ravel()[pixels] for term in terms])))
+            for term in terms:
+                term[outlier] = 0.0
+        for one, term in zip(total, terms, strict=True):
+            one += term
         psf = _add_stamps(psf, weight[index][:, :, None, None] * np.nan_to_num(observations[index].psf))
     # Where half of the visits or more are far from the model, it is the model that is wrong.
     clipped = (n_rejected > 0) & (2 * n_rejected < count)
-    for pixels, values in rejected:
-        chosen = clipped.ravel()[pixels]
-        total.reshape(5, -1)[:, pixels[chosen]] -= values[:, chosen]
+    for pixels, values in set_apart:
+        kept = ~clipped.ravel()[pixels]
+        total.reshape(5, -1)[:, pixels[kept]] += values[:, kept]
     n_visits = (count - np.where(clipped, n_rejected, 0)).astype(np.int16)
     with np.errstate(invalid="ignore", divide="ignore"):
         coadd, residual_coadd, variance = total[1] / total[0], total[2] / total[0], total[3] / total[0] ** 2
@@ -167,9 +173,9 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
     return layers if step == 1 else spread_layers(layers, step)
 
 
-def _stamp_at(stamps: np.ndarray, layout: CellLayout, step: int, y: float, x: float) -> np.ndarray:
-    """Return the stamp of the cell that holds a position in pixels of the visits."""
-    return own_stamp(stamps[step * round(y) // layout.height, step * round(x) // layout.width], step)
+def _stamp_at(stamps: np.ndarray, layout: CellLayout, step: int, y: int, x: int) -> np.ndarray:
+    """Return the stamp of the cell that holds a pixel of the visits."""
+    return own_stamp(stamps[step * y // layout.height, step * x // layout.width], step)
 
 
 def _add_stamps(total: np.ndarray, stamps: np.ndarray) -> np.ndarray:

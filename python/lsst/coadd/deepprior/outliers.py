@@ -122,7 +122,7 @@ def outliers_of_visit(
     residual: np.ndarray,
     variance: np.ndarray,
     good: np.ndarray,
-    psf: Callable[[float, float], np.ndarray],
+    psf: Callable[[int, int], np.ndarray],
 ) -> list[Outlier]:
     """Measure the outliers of a visit.
 
@@ -137,7 +137,7 @@ def outliers_of_visit(
     good : `numpy.ndarray`, (y, x), bool
         Pixels of the visit that may be used.
     psf : `~collections.abc.Callable`
-        Function of a position y, x that returns the PSF stamp (k, k) of its cell.
+        Function of a row and column that returns the PSF stamp (k, k) of their cell.
 
     Returns
     -------
@@ -152,9 +152,12 @@ def outliers_of_visit(
         values, variances = residual[rows, columns].astype(float), variance[rows, columns].astype(float)
         weight = np.abs(values) / np.abs(values).sum()
         y, x = float(weight @ rows), float(weight @ columns)
+        # Their centre may lie in a cell in which the visit has no pixel and no PSF.
+        nearest = np.argmin((rows - y) ** 2 + (columns - x) ** 2)
+        stamp = psf(int(rows[nearest]), int(columns[nearest]))
         moments = np.cov(np.stack([rows, columns]), ddof=0, aweights=weight) + np.eye(2) / 12.0
         minor, major = np.sqrt(np.linalg.eigvalsh(moments))
-        psf_flux, psf_flux_err = _point_flux(residual, variance, good, psf(y, x), y, x)
+        psf_flux, psf_flux_err = _point_flux(residual, variance, good, stamp, y, x)
         result.append(
             Outlier(
                 visit=visit,

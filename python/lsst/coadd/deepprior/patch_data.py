@@ -38,7 +38,7 @@ between two visits: twice what the work on one needs."""
 
 
 class NothingToRestoreError(ValueError):
-    """Raised when no visit has a good pixel in a cell with a PSF."""
+    """Raised when there is no visit, or none with a good pixel in a cell with a PSF."""
 
 
 def _scale(variance: torch.Tensor, prediction: torch.Tensor, error: float) -> torch.Tensor:

@@ -24,6 +24,7 @@ __all__ = (
     "gaussian_stamp",
     "inner_sigma",
     "shift_stamp",
+    "stamp_fault",
     "target_sigma",
 )
 
@@ -56,6 +57,39 @@ tests/test_psf.py)."""
 
 _REGULARISATION = 1e-3
 """Floor of the transfer function of g, relative to its peak, in the Fourier division by g."""
+
+_LARGEST_SHARE = 0.8
+"""Part of its light that a centred Gaussian with a FWHM of 1 pixel has in its central pixel. Division by the
+target, of 2 pixels or more, makes nothing but noise of what is sharper."""
+
+_LARGEST_NEGATIVE = 0.5
+"""Negative part of a PSF over its positive one that neither noise nor the resampling of an image makes."""
+
+
+def stamp_fault(stamp: np.ndarray) -> str | None:
+    """Return why a stamp cannot be that of a PSF.
+
+    Parameters
+    ----------
+    stamp : `numpy.ndarray`, (k, k)
+        The stamp, of any positive sum.
+
+    Returns
+    -------
+    fault : `str` or `None`
+        What is wrong, to be put behind the name of the stamp; `None` where nothing is.
+    """
+    stamp = np.asarray(stamp, dtype=np.float64)
+    if not np.isfinite(stamp).all():
+        return "is finite only in part"
+    if (total := stamp.sum()) <= 0.0:
+        return f"has the sum {total:g}, not positive"
+    positive = stamp[stamp > 0.0].sum()
+    if positive - total > _LARGEST_NEGATIVE * positive:
+        return f"has a negative part of {1.0 - total / positive:.0%} of its positive part; check the PSF"
+    if stamp.max() > _LARGEST_SHARE * total:
+        return f"has {stamp.max() / total:.0%} of its light in one pixel; a PSF must be at least a pixel wide"
+    return None
 
 
 def _check_stamp(stamp: np.ndarray) -> np.ndarray:
@@ -165,8 +199,9 @@ def _divide_by_target(psfs: np.ndarray, sigma: float, numerator_sigma: float | N
     k = psfs.shape[-1]
     for stamp in psfs.reshape(-1, *psfs.shape[-2:]):
         _check_stamp(stamp)
-    # The stamps' central pixel stays at (k // 2, k // 2), so that the quotient is centred there too.
-    size = scipy.fft.next_fast_len(2 * k + 1, real=True)
+    # The stamps' central pixel stays at (k // 2, k // 2), so that the quotient is centred there too. Small
+    # stamps may be narrower than g.
+    size = scipy.fft.next_fast_len(k + max(k + 1, len(gaussian_stamp(sigma))), real=True)
     g = _gaussian_transfer(sigma, size)
     factor = np.conj(g) / (np.abs(g) ** 2 + _REGULARISATION**2)
     if numerator_sigma is not None:

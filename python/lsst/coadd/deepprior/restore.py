@@ -153,7 +153,7 @@ def restore(
     Raises
     ------
     NothingToRestoreError
-        Raised if no visit has a good pixel in a cell with a PSF.
+        Raised if there is no visit, or none with a good pixel in a cell with a PSF.
     ValueError
         Raised if a visit does not fit the layout, or the target PSF cannot be made.
     FloatingPointError

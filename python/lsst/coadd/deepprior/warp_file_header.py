@@ -32,6 +32,16 @@ _NO_NIGHT = 19700101
 _GRID_KEYWORDS = ("CELLSZ", "PATX0", "PATY0", "PATNX", "PATNY")
 
 
+_LARGEST_INTEGER = 2**63 - 1
+"""Largest integer that the database of a repository holds."""
+
+_FIRST_MJD, _LAST_MJD = 41000.0, 88000.0
+"""MJD in the years 1971 and 2099: a repository holds the time from 1970 to the end of 2099."""
+
+_LONGEST_EXPOSURE = 1e7
+"""Longest exposure in seconds, 116 days; half of it is less than what `_FIRST_MJD` and `_LAST_MJD` leave."""
+
+
 class RefusalError(Exception):
     """Raised with the reason why a file is no valid warp file."""
 
@@ -148,8 +158,8 @@ def read_warp_file_header(
         visit=_required("VISIT", _integer(primary, "VISIT", minimum=0)),
         band=_required("BAND", _text(primary, "BAND", 32)),
         physical_filter=_required("FILTER", _text(primary, "FILTER", 32)),
-        exposure_time=_number(primary, "EXPTIME"),
-        mjd=_number(primary, "MJD"),
+        exposure_time=_number(primary, "EXPTIME", 0.0, _LONGEST_EXPOSURE),
+        mjd=_number(primary, "MJD", _FIRST_MJD, _LAST_MJD),
         skymap=_text(primary, "SKYMAP", 64),
         tract=_integer(primary, "TRACT", minimum=0),
         patch=_integer(primary, "PATCH", minimum=0),
@@ -183,15 +193,21 @@ def _integer(header: fits.Header, name: str, minimum: int = -(2**31)) -> int | N
     value = _value(header, name)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
         raise RefusalError(f"{name} = {value!r} is not an integer of at least {minimum}")
+    if value is not None and value > _LARGEST_INTEGER:
+        raise RefusalError(f"{name} = {value} is larger than {_LARGEST_INTEGER}")
     return value
 
 
-def _number(header: fits.Header, name: str) -> float | None:
+def _number(
+    header: fits.Header, name: str, minimum: float = -math.inf, maximum: float = math.inf
+) -> float | None:
     value = _value(header, name)
     if value is None:
         return None
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise RefusalError(f"{name} = {value!r} is not a number")
+    if not minimum <= value <= maximum:
+        raise RefusalError(f"{name} = {value!r} is not between {minimum:g} and {maximum:g}")
     return float(value)
 
 

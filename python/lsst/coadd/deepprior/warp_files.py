@@ -28,6 +28,7 @@ from lsst.images import Box, Mask, MaskPlane, MaskSchema, SkyProjection, TractFr
 from lsst.images.cells import PatchDefinition
 
 from .cells import make_cell_psf
+from .psf import stamp_fault
 from .warp_file_header import RefusalError, WarpFileHeader, read_warp_file_header
 from .warps import InvalidWarpError, Warp
 
@@ -298,7 +299,7 @@ def _check_unit(name: str, text: str, allowed: tuple[u.UnitBase, ...]) -> None:
 
 
 def _check_psf(psf: np.ndarray) -> None:
-    """Refuse PSF arrays that are no set of odd-sized stamps of positive sum."""
+    """Refuse PSF arrays that are no set of odd-sized stamps of PSFs."""
     if psf.ndim not in (2, 4):
         raise RefusalError(
             f"PSF has {psf.ndim} dimensions; it must be one stamp (2) or one for each cell (4)"
@@ -306,14 +307,13 @@ def _check_psf(psf: np.ndarray) -> None:
     height, width = psf.shape[-2:]
     if height != width or height % 2 == 0:
         raise RefusalError(f"the PSF has {height}x{width} pixels; it must be square with an odd size")
-    stamps = psf.reshape(-1, height * width)
-    stamps = stamps[~np.isnan(stamps).all(axis=1)]
+    stamps = psf.reshape(-1, height, width)
+    stamps = stamps[~np.isnan(stamps).all(axis=(1, 2))]
     if not len(stamps):
         raise RefusalError("the PSF is empty, it holds nothing but NaN")
-    if not np.isfinite(stamps).all():
-        raise RefusalError("a PSF stamp is finite only in part")
-    if np.any(stamps.sum(axis=1, dtype=np.float64) <= 0.0):
-        raise RefusalError("the sum of a PSF stamp is not positive")
+    for stamp in stamps:
+        if fault := stamp_fault(stamp):
+            raise RefusalError(f"a PSF stamp {fault}")
 
 
 def _finite(array: np.ndarray) -> np.ndarray:

@@ -22,6 +22,12 @@ from lsst.images.cells import CellCoadd, CellGrid, CellPointSpreadFunction, Patc
 from .cells import fill_cells, make_cell_field, make_cell_psf, spread_cell_field
 from .observation import Observation
 from .provenance import make_provenance
+from .psf import stamp_fault
+
+_LARGEST_VARIANCE = 1e5
+"""Variance, as a multiple of `_usual_variance`, above which a pixel is marked as bad and not measured: a full
+pixel holds no more than some 1e5 electrons, whose variance stands against that of a read noise of 2 electrons
+or more."""
 
 
 class InvalidWarpError(ValueError):
@@ -175,13 +181,9 @@ class Warp:
                 raise self._invalid("its PSF stamps have an even size and so no central pixel") from None
             if np.isnan(stamp).all():
                 continue
-            if not np.isfinite(stamp).all():
-                raise self._invalid(f"the PSF stamp of cell ({cell.i}, {cell.j}) is finite only in part")
-            if (total := stamp.sum(dtype=np.float64)) <= 0.0:
-                raise self._invalid(
-                    f"the PSF stamp of cell ({cell.i}, {cell.j}) has the sum {total:g}, not positive"
-                )
-            stamps[cell.i, cell.j] = stamp / total
+            if fault := stamp_fault(stamp):
+                raise self._invalid(f"the PSF stamp of cell ({cell.i}, {cell.j}) {fault}")
+            stamps[cell.i, cell.j] = stamp / stamp.sum(dtype=np.float64)
         return stamps
 
     @property
@@ -240,13 +242,15 @@ class Warp:
         Returns
         -------
         unusable : `numpy.ndarray`, (y, x), bool
-            Pixels that have no finite flux, no positive finite variance, one of the planes set, or that lie
-            in a cell in which the visit has no PSF.
+            Pixels that have no finite flux, no positive finite variance, a variance beyond all that noise can
+            be (SExtractor and SWarp mark bad pixels with 1e30), one of the planes set, or that lie in a cell
+            in which the visit has no PSF.
         """
         result = self.flagged(bad_planes)
         result |= ~self.in_psf_cell
         result |= ~np.isfinite(self.image)
         result |= ~(np.isfinite(self.variance) & (self.variance > 0.0))
+        result |= self.variance > _LARGEST_VARIANCE * _usual_variance(self.variance[~result])
         return result
 
     def observation(self, bad_planes: Iterable[str]) -> Observation:
@@ -360,6 +364,11 @@ class Warp:
                 unmasked_fraction=unmasked[np.newaxis],
             ),
         )
+
+
+def _usual_variance(variance: np.ndarray) -> float:
+    """Return a variance of many pixels, infinite without any; most of them may be marked by huge ones."""
+    return float(np.quantile(variance, 0.1, method="lower")) if variance.size else np.inf
 
 
 def _cell_fraction(chosen: np.ndarray, bbox: Box, grid: CellGrid) -> np.ndarray:
