@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ("estimate_command",)
 
+import shlex
 from pathlib import Path
 
 import click
@@ -78,7 +79,16 @@ def estimate_command(
         raise click.ClickException(str(err)) from None
     if bps:
         deepest = max(visits.values())
-        click.echo(f"# deepprior estimate --bps --patch-size {patch_size} --visits {deepest} --start {start}")
+        command = f"deepprior estimate --bps --patch-size {patch_size} --visits {deepest} --start {start}"
+        if cache_gib != DEFAULT_CACHE_GIB:
+            command += f" --cache-gib {cache_gib:g}"
+        if cache_on_disk:
+            command += " --cache-on-disk"
+        if costs is not None:
+            command += f" --costs {shlex.quote(str(costs))}"
+        elif device != "cpu":
+            command += f" --device {device}"
+        click.echo(f"# {command}")
         click.echo("# requestMemory is in MiB, requestWalltime in minutes.\npipetask:")
         for label, requests in job_requests(patch_size, deepest, constants, cache_gib, cache_on_disk).items():
             click.echo(f"  {label}:")
