@@ -206,3 +206,10 @@ def test_bad_questions(tmp_path: Path) -> None:
     result = run("--costs", str(other))
     assert result.exit_code == 1
     assert f"{other} is no file of benchmarks/costs.py" in result.output
+    other.write_bytes(b"\xff\xfe")
+    result = run("--costs", str(other))
+    assert result.exit_code == 1
+    assert f"{other} is no file of benchmarks/costs.py" in result.output
+    result = run("--costs", str(tmp_path))
+    assert result.exit_code == 1
+    assert f"Error: {tmp_path} cannot be read: Is a directory." in result.output

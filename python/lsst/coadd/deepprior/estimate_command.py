@@ -76,8 +76,10 @@ def estimate_command(
     """
     try:
         constants = Costs.read(start, device, costs)
-    except (OSError, ValueError) as err:
+    except ValueError as err:
         raise click.ClickException(str(err)) from None
+    except OSError as err:
+        raise click.ClickException(f"{err.filename} cannot be read: {err.strerror}.") from None
     if bps:
         deepest = max(visits.values())
         command = f"deepprior estimate --bps --patch-size {patch_size} --visits {deepest} --start {start}"
