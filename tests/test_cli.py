@@ -55,6 +55,13 @@ def test_simulate_refuses_unknown_bands(bands: str, tmp_path: Path) -> None:
     assert not (tmp_path / "scene").exists()
 
 
+def test_simulate_makes_a_band_once(tmp_path: Path) -> None:
+    result = deepprior("simulate", tmp_path / "scene", "--bands", "r, r")
+    assert result.exit_code == 2
+    assert "--bands: 'r, r' names a band twice." in result.output
+    assert not (tmp_path / "scene").exists()
+
+
 def test_simulate_into_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("A file.")
     result = deepprior("simulate", tmp_path / "file" / "scene", "--visits", "1", "--cell-size", "16")

@@ -139,6 +139,8 @@ def simulate(
     chosen = [band.strip() for band in bands.split(",") if band.strip()]
     if not chosen or not BANDS.keys() >= set(chosen):
         raise click.BadParameter(f"choose from {','.join(BANDS)}.", param_hint="--bands")
+    if len(set(chosen)) < len(chosen):
+        raise click.BadParameter(f"{bands!r} names a band twice.", param_hint="--bands")
     start = SceneConfig().start
     n_files = 0
     try:
