@@ -228,6 +228,27 @@ def test_interrupted_command_continues(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "one" / "net").read_bytes() == (tmp_path / "two" / "net").read_bytes()
 
 
+@pytest.mark.usefixtures("quick")
+def test_finished_network_is_not_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is removed; one that was killed between its last two steps ends them."""
+    monkeypatch.setattr(families, "training_scene", tiny_scene)
+    output, checkpoint = tmp_path / "net", tmp_path / "net.checkpoint"
+    command = ["train", output, "--scenes", 1, "--steps", 4, "--device", "cpu"]
+    output.write_text("An hour of work.")
+    result = deepprior(*command)
+    assert result.exit_code == 1
+    assert f"{output} exists, and there is no {checkpoint} to continue from; remove it" in result.output
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["An hour of work."]
+    output.unlink()
+    unlink = Path.unlink
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, **_: None if path == checkpoint else unlink(path))
+        assert deepprior(*command).exit_code == 0
+    assert checkpoint.exists()
+    assert deepprior(*command).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+
+
 @pytest.mark.parametrize(
     "sources",
     [[], ["--scenes", 1, "--repo", "repo"], ["file.fits", "--repo", "repo"], ["file.fits", "--scenes", 1]],
