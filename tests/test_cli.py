@@ -45,6 +45,8 @@ def test_simulate_writes_what_ingest_reads(tmp_path: Path) -> None:
     result = deepprior("ingest", tmp_path / "repo", *files)
     assert result.exit_code == 0, result.output
     assert "8 warps of 2 patches ingested into deepprior/warps" in result.output
+    result = deepprior("ingest", tmp_path / "other", files[0])
+    assert "1 warp of 1 patch ingested into deepprior/warps" in result.output
 
 
 @pytest.mark.parametrize("bands", ["", "r,j", "ri"])

@@ -102,7 +102,7 @@ def test_patches_with_one_usable_warp_are_left_out(warp_files: list[Path], tmp_p
         with file_data(spoiled, None, silent):
             pass
     with file_data([one_patch[0], one_patch[1], spoiled[2]], None, silent) as data:
-        assert data.description == "2 warps of 1 patches and bands"
+        assert data.description == "2 warps of 1 patch and band"
         assert data.left_out == ()
 
 
@@ -121,7 +121,7 @@ def test_good_pixels_count_only_in_cells_with_a_psf(warp_files: list[Path], tmp_
             assert np.isfinite(hdus["IMAGE"].data).any()
     message = "skymap deepprior_sim, tract 9, patch 0, band r is left out: fewer than two of its warps have"
     with file_data([*spoiled, *good], None, silent) as data:
-        assert data.description == "3 warps of 1 patches and bands"
+        assert data.description == "3 warps of 1 patch and band"
         (reason,) = data.left_out
         assert reason.startswith(message)
     result = deepprior("train", tmp_path / "net", *spoiled, *good, "--steps", 1, "--device", "cpu")
@@ -171,7 +171,7 @@ def test_train_on_files_and_ingest(warp_files: list[Path], repo: Path, tmp_path:
     options = ["--steps", 4, "--seed", 7, "--device", "cpu", "--target-fwhm", 2.2]
     result = deepprior("train", output, *files, *options)
     assert result.exit_code == 0, result.output
-    assert f"The network own of 3 warps of 1 patches and bands is in {output}." in result.output
+    assert f"The network own of 3 warps of 1 patch and band is in {output}." in result.output
     assert "training: 4 of 4, loss " in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["own.safetensors"]
     network = TrainedNetwork.from_bytes(output.read_bytes())

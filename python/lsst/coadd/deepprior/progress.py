@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("ProgressLines",)
+__all__ = ("ProgressLines", "counted")
 
 import math
 import time
@@ -15,6 +15,24 @@ from collections.abc import Callable
 
 _INTERVAL = 10.0
 """Seconds between two lines of a phase."""
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """Return a number with what it counts, ``1 patch`` or ``2 patches``.
+
+    Parameters
+    ----------
+    number : `int`
+        The number.
+    one, many : `str`
+        Singular and plural of what it counts.
+
+    Returns
+    -------
+    text : `str`
+        Both.
+    """
+    return f"{number} {one if number == 1 else many}"
 
 
 class ProgressLines:
