@@ -418,5 +418,5 @@ def test_progress_without_a_terminal(
         "training: 104 of 110, loss 0.5, 24 s left",
         "training: 107 of 110, loss 0.5, 12 s left",
         "training: 110 of 110, loss 0.25",
-        "noise: 1 of 4, rms 0.125",
+        "noise: 1 of 4, rms 0.125 nJy",
     ]

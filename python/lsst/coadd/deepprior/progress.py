@@ -70,7 +70,7 @@ class ProgressLines:
         self._written = now
         line = f"{phase}: {step} of {n_steps}"
         if not math.isnan(loss):
-            line += f", {'rms' if phase == 'noise' else 'loss'} {loss:.5g}"
+            line += f", rms {loss:.5g} nJy" if phase == "noise" else f", loss {loss:.5g}"
         if self._first < step < n_steps:
             seconds = (now - self._started) / (step - self._first) * (n_steps - step)
             line += f", {seconds:.0f} s left"
