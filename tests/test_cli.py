@@ -45,6 +45,8 @@ def test_simulate_writes_what_ingest_reads(tmp_path: Path) -> None:
     result = deepprior("ingest", tmp_path / "repo", *files)
     assert result.exit_code == 0, result.output
     assert "8 warps of 2 patches ingested into deepprior/warps" in result.output
+    result = deepprior("ingest", tmp_path / "other", files[0])
+    assert "1 warp of 1 patch ingested into deepprior/warps" in result.output
 
 
 @pytest.mark.parametrize("bands", ["", "r,j", "ri"])
@@ -52,6 +54,13 @@ def test_simulate_refuses_unknown_bands(bands: str, tmp_path: Path) -> None:
     result = deepprior("simulate", tmp_path / "scene", "--bands", bands)
     assert result.exit_code == 2
     assert "--bands: choose from u,g,r,i,z,y" in result.output
+    assert not (tmp_path / "scene").exists()
+
+
+def test_simulate_makes_a_band_once(tmp_path: Path) -> None:
+    result = deepprior("simulate", tmp_path / "scene", "--bands", "r, r")
+    assert result.exit_code == 2
+    assert "--bands: 'r, r' names a band twice." in result.output
     assert not (tmp_path / "scene").exists()
 
 

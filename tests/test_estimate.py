@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -170,8 +171,28 @@ def test_table() -> None:
     assert hours[1] == pytest.approx(expected, abs=1)
 
 
+def test_requests_name_the_command_that_makes_them_again(tmp_path: Path) -> None:
+    own = tmp_path / "own costs.json"
+    own.write_text(FILE.read_text())
+    for options in (
+        [],
+        ["--visits", "184", "--cache-on-disk"],
+        ["--visits", "u=3,r=184", "--start", "scratch", "--cache-gib", "2.25", "--costs", str(own)],
+    ):
+        result = run("--bps", *options)
+        assert result.exit_code == 0, result.output
+        words = shlex.split(result.output.splitlines()[0])
+        assert words[:3] == ["#", "deepprior", "estimate"]
+        assert run(*words[3:]).output == result.output
+        assert ("--cache-on-disk" in words) == ("--cache-on-disk" in options)
+    assert words[-2:] == ["--costs", str(own)]
+    assert words[-4:-2] == ["--cache-gib", "2.25"]
+    stored = (ROOT / "config/bps/requests.yaml").read_text().splitlines()[0]
+    assert run("--bps").output.splitlines()[0] == stored
+
+
 def test_bad_questions(tmp_path: Path) -> None:
-    for text in ("", "g=", "g=0", "r=1=2", "g=3,,r=4", "few"):
+    for text in ("", "g=", "g=0", "r=1=2", "g=3,,r=4", "few", "g=3,5", "3,5"):
         result = run("--visits", text)
         assert result.exit_code == 2
         assert "neither a number of visits nor a list like g=8,r=18" in result.output
@@ -185,3 +206,10 @@ def test_bad_questions(tmp_path: Path) -> None:
     result = run("--costs", str(other))
     assert result.exit_code == 1
     assert f"{other} is no file of benchmarks/costs.py" in result.output
+    other.write_bytes(b"\xff\xfe")
+    result = run("--costs", str(other))
+    assert result.exit_code == 1
+    assert f"{other} is no file of benchmarks/costs.py" in result.output
+    result = run("--costs", str(tmp_path))
+    assert result.exit_code == 1
+    assert f"Error: {tmp_path} cannot be read: Is a directory." in result.output

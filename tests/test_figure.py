@@ -152,6 +152,40 @@ def test_what_is_missing_is_left_out(inputs: FigureInputs, change: dict[str, obj
     assert png_size(draw_figure(dataclasses.replace(inputs, **change))) > 10000
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "pretrained network",
+        "pretrained network, coupled with r, i",
+        "network fitted from scratch, coupled with u, g, r, i",
+        "network fitted from scratch, coupled with u, g, r, i, z",
+        "maximum likelihood: no steps asked for, coupled with u, g, r, i, z",
+    ],
+)
+def test_numbers_do_not_cover_each_other(inputs: FigureInputs, method: str) -> None:
+    facts = {
+        "Visits": "112",
+        "Seeing, best to worst": "0.61\u2033 to 1.23\u2033",
+        "Depth (5\u03c3, point source)": "26.03 mag",
+        "Sources": "22041",
+        "Pairs within the coadd's FWHM": "1234",
+        "Sky noise, restored / coadd": "0.45",
+        "Residual: \u03c7\u00b2 per pixel": "1.034",
+        "Pixels with an outlier": "10.3 %",
+        "Method": method,
+        "Time": "1205 s",
+    }
+    figure = draw_figure(dataclasses.replace(inputs, facts=facts))
+    figure.draw_without_rendering()
+    (numbers,) = (axes for axes in figure.axes if axes.get_title() == "Numbers")
+    assert [" ".join(text.get_text().split()) for text in numbers.texts] == [
+        text for fact in facts.items() for text in fact
+    ]
+    boxes = [text.get_window_extent() for text in numbers.texts]
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:index]), numbers.texts[index]
+
+
 def test_zoom_prefers_the_brightest_close_pair() -> None:
     sources = make_sources(
         [

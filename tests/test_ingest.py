@@ -301,7 +301,7 @@ def accepted(warp_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -
     repo = tmp_path / "repo"
     result = ingest(repo, *files)
     assert result.exit_code == 0, result.output
-    assert "3 warps of 1 patches ingested" in result.output
+    assert "3 warps of 1 patch ingested" in result.output
     return repo
 
 
@@ -394,11 +394,11 @@ def test_dimension_records(repo: Path) -> None:
 
 def test_a_second_run_skips_and_more_files_are_added(warp_files: list[Path], tmp_path: Path) -> None:
     repo = tmp_path / "repo"
-    assert "3 warps of 1 patches ingested" in ingest(repo, *warp_files[:3]).output
+    assert "3 warps of 1 patch ingested" in ingest(repo, *warp_files[:3]).output
     first = {ref.id for ref in refs(repo)}
     result = ingest(repo, *warp_files[:3])
     assert result.exit_code == 0
-    assert "0 warps of 1 patches ingested" in result.output
+    assert "0 warps of 1 patch ingested" in result.output
     assert "3 were there already" in result.output
     assert {ref.id for ref in refs(repo)} == first
     result = ingest(repo, *warp_files)
@@ -631,7 +631,7 @@ def test_the_installed_command(warp_files: list[Path], tmp_path: Path) -> None:
     assert not (tmp_path / "repo").exists()
     result = run(warp_files[0], warp_files[2])
     assert result.returncode == 0, result.stderr
-    assert "2 warps of 1 patches ingested into deepprior/warps" in result.stdout
+    assert "2 warps of 1 patch ingested into deepprior/warps" in result.stdout
     assert "writing: 2 of 2 files" in result.stderr
     assert len(refs(tmp_path / "repo")) == 2
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -31,16 +32,20 @@ def test_known_psfs_have_no_further_output(warps: list[Warp]) -> None:
 
 
 @pytest.mark.parametrize(("init", "base_steps"), [("scratch", 20), ("pretrained", 240)])
-def test_task(warps: list[Warp], init: str, base_steps: int) -> None:
+def test_task(warps: list[Warp], init: str, base_steps: int, caplog: pytest.LogCaptureFixture) -> None:
     config = DeepPriorCoaddConfig()
     config.update(init=init, base_steps=base_steps, steps=2, n_splits=2, n_variance_draws=1, device="cpu")
     config.psf_mode = "refine"
-    result = DeepPriorCoaddTask(config=config).run(warps=warps)
+    with caplog.at_level(logging.WARNING):
+        result = DeepPriorCoaddTask(config=config).run(warps=warps)
     assert init in result.metrics["method"]
     assert len(result.visit_psfs) == len(warps)
     numbers = result.metrics["psf_refinement"]
     assert yaml.safe_load(yaml.safe_dump(numbers)) == numbers
     assert set(numbers["visits"]) == {warp.label for warp in warps}
+    assert not numbers["anchored"]
+    assert numbers["n_stars"] == 0
+    assert f"of {numbers['n_candidates']} bright points fewer than 5 are stars of one shape" in caplog.text
     for psf, warp in zip(result.visit_psfs, warps, strict=True):
         assert psf.metadata["psf_mode"] == "refine"
         assert psf.metadata["psf_not_anchored"] == int(not numbers["anchored"])

@@ -283,10 +283,12 @@ def test_gpu_that_is_not_there(warps: list[Warp], monkeypatch: pytest.MonkeyPatc
         quick_task(device="cuda").run(warps=warps)
 
 
-def test_sources(restored: Struct) -> None:
+def test_sources(restored: Struct, caplog: pytest.LogCaptureFixture) -> None:
     coadd = restored.coadd
-    sources = MeasureDeepPriorCoaddTask().run(coadd=coadd, residual=restored.residual).sources
-    assert len(sources) > 0
+    with caplog.at_level(logging.INFO):
+        sources = MeasureDeepPriorCoaddTask().run(coadd=coadd, residual=restored.residual).sources
+    assert len(sources) > 1
+    assert f"tract 9, patch {coadd.patch.id}, r band: {len(sources)} sources." in caplog.text
     sky = coadd.sky_projection.pixel_to_sky(XY(x=np.asarray(sources["x"]), y=np.asarray(sources["y"])))
     np.testing.assert_allclose(sources["ra"], sky.ra.deg)
     np.testing.assert_allclose(sources["dec"], sky.dec.deg)

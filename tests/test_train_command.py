@@ -102,7 +102,7 @@ def test_patches_with_one_usable_warp_are_left_out(warp_files: list[Path], tmp_p
         with file_data(spoiled, None, silent):
             pass
     with file_data([one_patch[0], one_patch[1], spoiled[2]], None, silent) as data:
-        assert data.description == "2 warps of 1 patches and bands"
+        assert data.description == "2 warps of 1 patch and band"
         assert data.left_out == ()
 
 
@@ -121,7 +121,7 @@ def test_good_pixels_count_only_in_cells_with_a_psf(warp_files: list[Path], tmp_
             assert np.isfinite(hdus["IMAGE"].data).any()
     message = "skymap deepprior_sim, tract 9, patch 0, band r is left out: fewer than two of its warps have"
     with file_data([*spoiled, *good], None, silent) as data:
-        assert data.description == "3 warps of 1 patches and bands"
+        assert data.description == "3 warps of 1 patch and band"
         (reason,) = data.left_out
         assert reason.startswith(message)
     result = deepprior("train", tmp_path / "net", *spoiled, *good, "--steps", 1, "--device", "cpu")
@@ -171,7 +171,7 @@ def test_train_on_files_and_ingest(warp_files: list[Path], repo: Path, tmp_path:
     options = ["--steps", 4, "--seed", 7, "--device", "cpu", "--target-fwhm", 2.2]
     result = deepprior("train", output, *files, *options)
     assert result.exit_code == 0, result.output
-    assert f"The network own of 3 warps of 1 patches and bands is in {output}." in result.output
+    assert f"The network own of 3 warps of 1 patch and band is in {output}." in result.output
     assert "training: 4 of 4, loss " in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["own.safetensors"]
     network = TrainedNetwork.from_bytes(output.read_bytes())
@@ -226,6 +226,27 @@ def test_interrupted_command_continues(tmp_path: Path, monkeypatch: pytest.Monke
     assert "training: 4 of 5" in result.output
     assert "training: 1 of 5" not in result.output
     assert (tmp_path / "one" / "net").read_bytes() == (tmp_path / "two" / "net").read_bytes()
+
+
+@pytest.mark.usefixtures("quick")
+def test_finished_network_is_not_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is removed; one that was killed between its last two steps ends them."""
+    monkeypatch.setattr(families, "training_scene", tiny_scene)
+    output, checkpoint = tmp_path / "net", tmp_path / "net.checkpoint"
+    command = ["train", output, "--scenes", 1, "--steps", 4, "--device", "cpu"]
+    output.write_text("An hour of work.")
+    result = deepprior(*command)
+    assert result.exit_code == 1
+    assert f"{output} exists, and there is no {checkpoint} to continue from; remove it" in result.output
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["An hour of work."]
+    output.unlink()
+    unlink = Path.unlink
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, **_: None if path == checkpoint else unlink(path))
+        assert deepprior(*command).exit_code == 0
+    assert checkpoint.exists()
+    assert deepprior(*command).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
 @pytest.mark.parametrize(
@@ -397,5 +418,5 @@ def test_progress_without_a_terminal(
         "training: 104 of 110, loss 0.5, 24 s left",
         "training: 107 of 110, loss 0.5, 12 s left",
         "training: 110 of 110, loss 0.25",
-        "noise: 1 of 4, rms 0.125",
+        "noise: 1 of 4, rms 0.125 nJy",
     ]

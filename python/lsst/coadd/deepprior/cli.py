@@ -25,6 +25,7 @@ from . import __version__
 from .estimate_command import estimate_command
 from .finer_skymap_dataset import DEFAULT_FINER_SKYMAP_RUN, register_finer_skymap
 from .ingest import DEFAULT_RUN, DEFAULT_SKYMAP, IngestError, ingest_warp_files
+from .progress import counted
 from .simulate import SceneConfig, write_scene
 from .train_command import ingest_network_command, train_command
 from .truth import BANDS
@@ -95,8 +96,8 @@ def ingest(repo: Path, files: tuple[Path, ...], run: str, skymap: str) -> None:
     except (InvalidWarpFileError, InvalidWarpError, IngestError) as err:
         raise click.ClickException(str(err)) from None
     click.echo(
-        f"{result.n_ingested} warps of {result.n_patches} patches ingested into {result.run} of {repo}; "
-        f"{result.n_skipped} were there already."
+        f"{counted(result.n_ingested, 'warp', 'warps')} of {counted(result.n_patches, 'patch', 'patches')} "
+        f"ingested into {result.run} of {repo}; {counted(result.n_skipped, 'was', 'were')} there already."
     )
 
 
@@ -116,7 +117,7 @@ def finer_skymap(repo: Path, skymap: str, oversampling: str, run: str) -> None:
             name, n_patches = register_finer_skymap(butler, skymap, int(oversampling), run)
     except (OSError, RuntimeError, ValueError) as err:
         raise click.ClickException(str(err)) from None
-    click.echo(f"The skymap {name} of {repo} has {n_patches} patches.")
+    click.echo(f"The skymap {name} of {repo} has {counted(n_patches, 'patch', 'patches')}.")
 
 
 @main.command()
@@ -139,6 +140,8 @@ def simulate(
     chosen = [band.strip() for band in bands.split(",") if band.strip()]
     if not chosen or not BANDS.keys() >= set(chosen):
         raise click.BadParameter(f"choose from {','.join(BANDS)}.", param_hint="--bands")
+    if len(set(chosen)) < len(chosen):
+        raise click.BadParameter(f"{bands!r} names a band twice.", param_hint="--bands")
     start = SceneConfig().start
     n_files = 0
     try:
@@ -157,7 +160,8 @@ def simulate(
                 n_files += len(written)
     except OSError as err:
         raise click.ClickException(f"The files cannot be written: {err}.") from None
-    click.echo(f"{n_files} warp files of {patches} patches and their truth are in {outdir}.")
+    files = counted(n_files, "warp file", "warp files")
+    click.echo(f"{files} of {counted(patches, 'patch', 'patches')} and their truth are in {outdir}.")
 
 
 if __name__ == "__main__":

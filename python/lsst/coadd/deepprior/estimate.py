@@ -119,7 +119,9 @@ class Costs:
         Raises
         ------
         ValueError
-            Raised if the start is unknown, or there are no constants for the device.
+            Raised if the start is unknown, there are no constants for the device, or the file has none.
+        OSError
+            Raised if the file cannot be read.
         """
         if start not in STARTS:
             raise ValueError(f"The start {start!r} is none of {', '.join(STARTS)}.")
@@ -132,7 +134,7 @@ class Costs:
                 f"There are no measured costs for {path or device}: measure them with 'python "
                 f"benchmarks/costs.py --device {device}' on such a machine, and name the file with --costs."
             ) from None
-        except (KeyError, TypeError, json.JSONDecodeError) as err:
+        except (KeyError, TypeError, ValueError) as err:
             raise ValueError(f"{file} is no file of benchmarks/costs.py: {err}.") from err
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ("estimate_command",)
 
+import shlex
 from pathlib import Path
 
 import click
@@ -29,7 +30,8 @@ def _visits(context: click.Context, parameter: click.Parameter, text: str) -> di
         }
     except ValueError:
         visits = {}
-    if len(visits) != len(text.split(",")) or min(visits.values(), default=0) < 1:
+    unnamed = len(visits) > 1 and "all" in visits
+    if unnamed or len(visits) != len(text.split(",")) or min(visits.values(), default=0) < 1:
         raise click.BadParameter(f"{text!r} is neither a number of visits nor a list like g=8,r=18.")
     return visits
 
@@ -74,11 +76,22 @@ def estimate_command(
     """
     try:
         constants = Costs.read(start, device, costs)
-    except (OSError, ValueError) as err:
+    except ValueError as err:
         raise click.ClickException(str(err)) from None
+    except OSError as err:
+        raise click.ClickException(f"{err.filename} cannot be read: {err.strerror}.") from None
     if bps:
         deepest = max(visits.values())
-        click.echo(f"# deepprior estimate --bps --patch-size {patch_size} --visits {deepest} --start {start}")
+        command = f"deepprior estimate --bps --patch-size {patch_size} --visits {deepest} --start {start}"
+        if cache_gib != DEFAULT_CACHE_GIB:
+            command += f" --cache-gib {cache_gib:g}"
+        if cache_on_disk:
+            command += " --cache-on-disk"
+        if costs is not None:
+            command += f" --costs {shlex.quote(str(costs))}"
+        elif device != "cpu":
+            command += f" --device {device}"
+        click.echo(f"# {command}")
         click.echo("# requestMemory is in MiB, requestWalltime in minutes.\npipetask:")
         for label, requests in job_requests(patch_size, deepest, constants, cache_gib, cache_on_disk).items():
             click.echo(f"  {label}:")

@@ -11,6 +11,7 @@ __all__ = ("FigureInputs", "choose_zoom", "draw_figure")
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -151,6 +152,9 @@ def draw_figure(inputs: FigureInputs) -> Figure:
     _write_facts(right, inputs.facts)
     return figure
 
+
+_FACT_LENGTH = 36
+"""Number of letters that a name and its value have room for in one line."""
 
 _INK = ("white", "white", "white", "black")
 """Colour of what is drawn on coadd, exposure, restored image and residual."""
@@ -322,6 +326,8 @@ def _write_facts(axes: Axes, facts: Mapping[str, str]) -> None:
         left, right = 0.52 * column, 0.52 * column + 0.48
         y = 1.0 - (row + 0.5) / rows
         axes.text(left, y, name, fontsize=11.5, color="0.35", va="center")
-        axes.text(right, y, value, fontsize=12, ha="right", va="center")
+        lines = textwrap.wrap(value, _FACT_LENGTH - len(name)) or [""]
+        size = 12.0 if len(lines) == 1 else 10.5
+        axes.text(right, y, "\n".join(lines), fontsize=size, ha="right", va="center", linespacing=1.1)
         if row:
             axes.plot([left, right], [y + 0.5 / rows] * 2, color="0.85", lw=0.8)

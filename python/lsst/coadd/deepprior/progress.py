@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("ProgressLines",)
+__all__ = ("ProgressLines", "counted")
 
 import math
 import time
@@ -15,6 +15,24 @@ from collections.abc import Callable
 
 _INTERVAL = 10.0
 """Seconds between two lines of a phase."""
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """Return a number with what it counts, ``1 patch`` or ``2 patches``.
+
+    Parameters
+    ----------
+    number : `int`
+        The number.
+    one, many : `str`
+        Singular and plural of what it counts.
+
+    Returns
+    -------
+    text : `str`
+        Both.
+    """
+    return f"{number} {one if number == 1 else many}"
 
 
 class ProgressLines:
@@ -52,7 +70,7 @@ class ProgressLines:
         self._written = now
         line = f"{phase}: {step} of {n_steps}"
         if not math.isnan(loss):
-            line += f", {'rms' if phase == 'noise' else 'loss'} {loss:.5g}"
+            line += f", rms {loss:.5g} nJy" if phase == "noise" else f", loss {loss:.5g}"
         if self._first < step < n_steps:
             seconds = (now - self._started) / (step - self._first) * (n_steps - step)
             line += f", {seconds:.0f} s left"

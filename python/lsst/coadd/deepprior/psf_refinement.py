@@ -81,9 +81,9 @@ class PsfRefinement:
     anchored : `bool`
         Whether stars have fixed what the PSFs have in common; if not, their mean correction is zero.
     stars : `numpy.ndarray`, (star, 2)
-        Positions (y, x) of these stars in the array of the patch.
+        Positions (y, x) of these stars in the array of the patch; none where they are too few to fix it.
     n_candidates : `int`
-        Number of points bright enough to be one of them.
+        Number of points that are bright enough and alone, be they stars of one shape or not.
     fwhm_error, ellipticity_error : `numpy.ndarray`, (visit,)
         Standard errors of the FWHM, relatively, and of a component of the ellipticity, from the noise and
         the learned prior; NaN without stars.

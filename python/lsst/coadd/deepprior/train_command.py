@@ -113,7 +113,7 @@ def train_command(
 
     It learns from the warps of a Butler repository (--repo), from warp FILEs, or from simulated scenes
     (--scenes), and from nothing but their pixels: no truth is used.  An interrupted training continues where
-    it was when the same command is given again.
+    it was when the same command is given again; a finished one is not made anew as long as OUTPUT exists.
     """
     if scenes is not None and target_fwhm is not None:
         raise click.UsageError("Scenes have their own target PSFs; leave out --target-fwhm.")
@@ -127,6 +127,11 @@ def train_command(
     for path in (output, checkpoint):
         if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise click.ClickException(f"{path} cannot be written: {path.parent} is no writable folder.")
+    if output.exists() and not checkpoint.exists():
+        raise click.ClickException(
+            f"{output} exists, and there is no {checkpoint} to continue from; remove it to train anew, or "
+            "name another file."
+        )
     import torch
 
     from .training import TrainSettings

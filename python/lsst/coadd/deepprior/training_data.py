@@ -34,6 +34,7 @@ from lsst.daf.butler import (
 )
 
 from .ingest import DATASET_TYPE, DEFAULT_RUN, ingest_warp_files
+from .progress import counted
 from .psf import target_sigma
 from .tasks.deep_prior_coadd_config import DeepPriorCoaddConfig
 from .warp_streams import WarpHandles, WarpObservations, cell_layout
@@ -133,7 +134,7 @@ def scene_data(n_scenes: int, seed: int, progress: Progress) -> TrainingData:
         )
         progress("simulating scenes", len(patches), n_scenes)
     fingerprint = f"{n_scenes} scenes of seed {seed} ({_digest(configs)})"
-    return TrainingData(patches, fingerprint, f"{n_scenes} simulated scenes")
+    return TrainingData(patches, fingerprint, counted(n_scenes, "simulated scene", "simulated scenes"))
 
 
 def _random_target(seeing: Sequence[float], number: int) -> float | None:
@@ -205,7 +206,7 @@ def butler_data(
         yield TrainingData(
             patches,
             _digest([*sorted(str(ref.id) for ref in refs), str(target_fwhm)]),
-            f"{n_visits} warps of {len(patches)} patches and bands",
+            f"{n_visits} warps of {counted(len(patches), 'patch and band', 'patches and bands')}",
             tuple(left_out),
         )
 

@@ -33,6 +33,7 @@ from ..coadd import InputPlanes, make_coadds, mask_shares
 from ..fit_checkpoint import checkpoint_file
 from ..job_directories import job_directory
 from ..network_dataset import network_from_dataset
+from ..progress import counted
 from ..psf import FWHM_PER_SIGMA
 from ..refined_psfs import refined_visits
 from ..warp_streams import WarpObservations, cell_layout, default_cache_bytes
@@ -347,14 +348,16 @@ class DeepPriorCoaddTask(PipelineTask):
     ) -> dict[str, Any]:
         """Return the numbers of the PSFs that were learned, and warn where stars are missing."""
         from ..psf_refinement import summary
+        from ..psf_sky import MIN_STARS
 
         numbers = summary(refinement, [info.label for info in infos])
         if not refinement.anchored:
             self.log.warning(
-                "%s: %d stars are too few to tell what the PSFs of all visits have in common; only how they "
-                "differ was refined.",
+                "%s: of %s fewer than %d are stars of one shape, which would tell what the PSFs of all "
+                "visits have in common; only how they differ was refined.",
                 label,
-                numbers["n_candidates"],
+                counted(numbers["n_candidates"], "bright point", "bright points"),
+                MIN_STARS,
             )
         return numbers
 

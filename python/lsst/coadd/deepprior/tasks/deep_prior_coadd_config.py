@@ -214,7 +214,9 @@ class DeepPriorCoaddConfig(
     )
     min_visits = RangeField(
         dtype=int,
-        doc="Cells with fewer visits get the plane FEW_VISITS; outliers are rejected from three visits on.",
+        doc="Cells in which fewer visits have a good pixel get the plane FEW_VISITS. It has no effect on the "
+        "rejection of outliers, which takes at least three visits that cover as much of the cell as any "
+        "visit does.",
         default=3,
         min=1,
     )

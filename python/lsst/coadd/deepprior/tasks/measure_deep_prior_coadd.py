@@ -14,6 +14,7 @@ from lsst.pex.config import Field, RangeField
 from lsst.pipe.base import PipelineTask, PipelineTaskConfig, PipelineTaskConnections, Struct
 from lsst.pipe.base.connectionTypes import Input, Output
 
+from ..progress import counted
 from .geometry import pixel_to_sky, plain_coadd
 
 
@@ -142,7 +143,8 @@ class MeasureDeepPriorCoaddTask(PipelineTask):
         )
         sources = measure_sources(inputs, pixel_to_sky(coadd.sky_projection), settings)
         self.metadata["n_sources"] = len(sources)
-        self.log.info("Patch %d, %s band: %d sources.", coadd.patch.id, coadd.band, len(sources))
+        label = f"tract {coadd.tract}, patch {coadd.patch.id}, {coadd.band} band"
+        self.log.info("%s: %s.", label, counted(len(sources), "source", "sources"))
         result = Struct(sources=sources)
         if self.config.write_measure_coadd:
             result.measure_coadd = make_measure_coadd(coadd, residual, plain)
