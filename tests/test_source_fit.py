@@ -213,8 +213,8 @@ def test_bad_input_nothing_and_others() -> None:
 
 @pytest.mark.parametrize(("snr", "radius"), [(60.0, 2.5), (100.0, 3.0)])
 def test_profile_does_not_take_in_a_halo(snr: float, radius: float) -> None:
-    """A galaxy on wide, faint light that is not its own: its size ends where it is no brighter than the noise,
-    and so does what its fit says.
+    """A galaxy on wide, faint light that is not its own: its size ends where it is no brighter than the
+    noise, and so does what its fit says.
     """
     rng = np.random.default_rng(9)
     flux = snr * POINT_ERROR
