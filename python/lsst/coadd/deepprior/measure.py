@@ -104,7 +104,7 @@ _COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
     "flag_saturated": (bool, None, "A pixel in the core of the source is saturated in a visit."),
     "flag_clipped": (bool, None, "A pixel in the core of the source was rejected as an outlier in a visit."),
     "flag_prior_carried": (bool, None, "The prior and not the data carries at least half of the core."),
-    "flag_extended": (bool, None, "Wider than the PSF by more than 3 standard errors."),
+    "flag_extended": (bool, None, "Wider than the PSF by more than 3 standard errors and by more than 2 %."),
     "flag_blended": (bool, None, "Shares light with another source of the catalogue."),
     "flag_residual_only": (
         bool,
