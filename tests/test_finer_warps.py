@@ -258,3 +258,10 @@ def test_config_refuses_other_factors() -> None:
     with pytest.raises(FieldValidationError, match="oversampling"):
         FinerDeepPriorCoaddConfig(oversampling=4)
     assert Box.from_shape((4, 6), start=(-4, 2)) == finer_box(Box.from_shape((2, 3), start=(-2, 1)), 2)
+
+
+@pytest.mark.parametrize("psf_mode", ["refine", "blind"])
+def test_config_refuses_to_learn_psfs(psf_mode: str) -> None:
+    config = FinerDeepPriorCoaddConfig(psf_mode=psf_mode)
+    with pytest.raises(ValueError, match="on finer pixels it must be 'known'"):
+        config.validate()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from toy import gaussian_stars, observe
 
+from lsst.coadd.deepprior.finer import finer_layout, finer_observation
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.patch_data import NothingToRestoreError
@@ -172,6 +173,8 @@ def test_bad_input() -> None:
         refine_psfs(nothing, LAYOUT)
     with pytest.raises(ValueError, match="cells"):
         refine_psfs(visits, CellLayout(2, 2, 48, 64))
+    with pytest.raises(ValueError, match="on the pixels of the warps, but visit 0"):
+        refine_psfs([finer_observation(visit, 2) for visit in visits], finer_layout(LAYOUT, 2))
     shape = StarFit(1.0, 0.0, 0.0, 1.0, 0.0, 0.0)
     unknown = np.full(1, np.nan)
     one = PsfRefinement(

@@ -56,6 +56,15 @@ class FinerDeepPriorCoaddConfig(
 ):
     """Configuration of `FinerDeepPriorCoaddTask`; what is in pixels is in pixels of the coadds."""
 
+    def validate(self) -> None:
+        """Check what `DeepPriorCoaddConfig` does, and that no PSFs are to be learned."""
+        super().validate()
+        if self.psf_mode != "known":
+            raise ValueError(
+                f"psf_mode = {self.psf_mode!r} works on the pixels of the warps only; on finer pixels it "
+                "must be 'known'."
+            )
+
 
 class FinerDeepPriorCoaddTask(DeepPriorCoaddTask):
     """Restore a patch on finer pixels than its warps have, for a skymap of its own."""
