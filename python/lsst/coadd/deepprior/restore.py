@@ -5,10 +5,10 @@
 
 """The restoration of a patch: from arrays to arrays.
 
-A convolutional encoder/decoder is fitted to the visits of the patch themselves (Navarro, Hall, Budavari &
-Sukurdeep 2023, arXiv:2302.02030), with the visits split so that fitting their noise does not pay: in each
-step the encoder reads one set of visits and the loss is taken on the others (Lehtinen et al. 2018,
-arXiv:1803.04189).
+A convolutional encoder/decoder corrects the image of maximum likelihood. It has learned from many patches, or
+is fitted to the visits of the patch themselves (Navarro, Hall, Budavari & Sukurdeep 2023, arXiv:2302.02030).
+In both cases visits are split so that fitting their noise does not pay: in each step the encoder reads one
+set of visits and the loss is taken on the others (Lehtinen et al. 2018, arXiv:1803.04189).
 """
 
 from __future__ import annotations

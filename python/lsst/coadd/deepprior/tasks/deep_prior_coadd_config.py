@@ -196,7 +196,7 @@ class DeepPriorCoaddConfig(
     n_variance_draws = RangeField(
         dtype=int,
         doc="Least number of times that simulated noise is restored for the variance plane, whose relative "
-        "error falls with its root; each costs as much as one base image.",
+        "error falls with its root; each costs about a third of what the base image does.",
         default=4,
         min=1,
     )

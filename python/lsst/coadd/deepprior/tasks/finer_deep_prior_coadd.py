@@ -54,7 +54,9 @@ class FinerDeepPriorCoaddConnections(
 class FinerDeepPriorCoaddConfig(
     DeepPriorCoaddConfig, FinerConfig, pipelineConnections=FinerDeepPriorCoaddConnections
 ):
-    """Configuration of `FinerDeepPriorCoaddTask`; what is in pixels is in pixels of the coadds."""
+    """Configuration of `FinerDeepPriorCoaddTask`; what is in pixels is in pixels of the coadds, but for
+    ``cell_size``, which is in those of the warps.
+    """
 
     def validate(self) -> None:
         """Check what `DeepPriorCoaddConfig` does, and that no PSFs are to be learned."""
