@@ -277,10 +277,15 @@ def _variance(
 
 
 def _leakage(fitted: FittedPatch, correlations: np.ndarray, first_draw: np.ndarray) -> list[dict[str, Any]]:
-    """Restore the first noise realisation once more, with stars in it; compare them with the target PSF."""
+    """Restore the first noise realisation once more, with stars in it; compare them with the target PSF.
+
+    Nothing is restored where there is no room for a star.
+    """
     data, latent, seed = fitted.data, fitted.points.latent, fitted.settings.seed
     image = fitted.image(latent)
     stars = place_stars(data, fitted.observations, image, seed)
+    if len(stars.flux) == 0:
+        return []
     _, again = fitted.drawn(latent + injected_latent(data, stars), seed + 1000, correlations)
     return measure_leakage(fitted.image(again) - (image + first_draw), stars, data.sigma)
 
