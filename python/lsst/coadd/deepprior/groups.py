@@ -144,7 +144,7 @@ def deal_splits(
     """
     if n_groups < 2:
         raise ValueError("A split needs at least two visits.")
-    n_loss = 1 if n_groups < 5 else max(1, round(n_groups / 3))
+    n_loss = 1 if n_groups < 5 else round(n_groups / 3)
     if n_groups < 5:
         n_splits = n_groups
     loss = torch.zeros(n_splits, n_groups, dtype=torch.bool)
