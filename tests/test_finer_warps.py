@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import lsst.pipe.base.testUtils
-from lsst.coadd.deepprior.finer import finer_observation
+from lsst.coadd.deepprior.finer import finer_observation, repeated
 from lsst.coadd.deepprior.finer_warps import (
     FinerWarps,
     coarser_geometry,
@@ -25,7 +26,10 @@ from lsst.coadd.deepprior.finer_warps import (
     finer_warp,
     normal_skymap,
 )
-from lsst.coadd.deepprior.psf import fit_star
+from lsst.coadd.deepprior.joint_fit import Coadd
+from lsst.coadd.deepprior.noise_correlation import noise_correlation
+from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp
+from lsst.coadd.deepprior.resampling import Resampling
 from lsst.coadd.deepprior.tasks.finer_deep_prior_coadd import (
     FinerDeepPriorCoaddConfig,
     FinerDeepPriorCoaddConnections,
@@ -36,6 +40,7 @@ from lsst.coadd.deepprior.tasks.finer_plot_deep_prior_coadd import (
     FinerPlotDeepPriorCoaddConnections,
     FinerPlotDeepPriorCoaddTask,
 )
+from lsst.coadd.deepprior.tasks.geometry import plain_coadd
 from lsst.coadd.deepprior.tasks.measure_deep_prior_coadd import MeasureDeepPriorCoaddTask
 from lsst.coadd.deepprior.tasks.plot_deep_prior_coadd import best_visit
 from lsst.coadd.deepprior.warps import Warp
@@ -207,6 +212,26 @@ def test_sources_are_where_they_are(restored: Struct, warps: list[Warp]) -> None
         assert offset < 0.1
 
 
+def test_noise_of_the_coadd_is_that_of_the_pixels_of_the_warps(restored: Struct) -> None:
+    """The noise realisations are replaced by resampled noise, whose pixels are blocks on the finer grid."""
+    k = restored.metrics["oversampling"]
+    coadd, residual = copy.deepcopy(restored.coadd), copy.deepcopy(restored.residual)
+    coadd.noise_realizations[0].array[...] = 0.0
+    good = np.isfinite(residual.image.array)
+    residual.variance.array[good] = 1.0
+    resampling = Resampling((80, 108), "lanczos3", shift=(0.5, 0.5))
+    noise = resampling.image(np.random.default_rng(9).standard_normal(resampling.detector_shape))
+    noise /= np.sqrt(resampling.variance(np.ones(resampling.detector_shape)))
+    residual.noise_realizations[0].array[...] = repeated(noise, k)
+    plain, _ = plain_coadd(coadd, residual)
+    own = noise_correlation(noise, good[::k, ::k])
+    white = Coadd(np.zeros((9, 9)), 1.0, np.zeros((9, 9)), np.ones((9, 9)), gaussian_stamp(1.5)[None, None])
+    weights = gaussian_stamp(1.5, 13)
+    # The k^2 pixels of a block are one measurement.
+    expected = k**2 * white.correlated(own).noise_excess(weights)
+    assert plain.noise_excess(repeated(weights, k)) == pytest.approx(expected, rel=0.05)
+
+
 def test_figure(restored: Struct, warps: list[Warp]) -> None:
     k = restored.metrics["oversampling"]
     task = FinerPlotDeepPriorCoaddTask(config=FinerPlotDeepPriorCoaddConfig(oversampling=k))
@@ -258,3 +283,10 @@ def test_config_refuses_other_factors() -> None:
     with pytest.raises(FieldValidationError, match="oversampling"):
         FinerDeepPriorCoaddConfig(oversampling=4)
     assert Box.from_shape((4, 6), start=(-4, 2)) == finer_box(Box.from_shape((2, 3), start=(-2, 1)), 2)
+
+
+@pytest.mark.parametrize("psf_mode", ["refine", "blind"])
+def test_config_refuses_to_learn_psfs(psf_mode: str) -> None:
+    config = FinerDeepPriorCoaddConfig(psf_mode=psf_mode)
+    with pytest.raises(ValueError, match="on finer pixels it must be 'known'"):
+        config.validate()

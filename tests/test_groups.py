@@ -85,6 +85,22 @@ def test_median_of_many_images_is_near_the_exact_one(n_images: int) -> None:
     assert (result - exact).std() < 1.5 * error
 
 
+@pytest.mark.parametrize(("n_images", "bias"), [(6, 0.1), (10, 1.1), (30, 0.1)])
+def test_images_left_over_count_for_what_they_stand_for(n_images: int, bias: float) -> None:
+    """One image after five, or five after 25, do not pull the median down; two fives give the lower one."""
+    rng = np.random.default_rng(n_images)
+    images = rng.standard_normal((n_images, 90, 70))
+    images[:, 0, 0] = np.nan
+    images[1:, 0, 1] = np.nan
+    result = lower_median(torch.as_tensor(image) for image in images).numpy()
+    exact = np.median(images, axis=0)
+    assert np.isnan(result[0, 0])
+    assert result[0, 1] == images[0, 0, 1]
+    difference = (result - exact)[1:] * np.sqrt(n_images)
+    assert np.abs(difference.mean()) < bias
+    assert difference.std() < 1.2
+
+
 @pytest.mark.parametrize("order", ["first", "last", "spread"])
 def test_outliers_of_a_minority_do_not_enter_the_median(order: str) -> None:
     """A fifth of 50 images is bright everywhere, whatever their place in the stream."""

@@ -129,3 +129,13 @@ def test_each_pixel_of_a_point_has_the_psf_of_its_own_cell() -> None:
     assert np.abs(one.image - coadd.image)[there].max() > 0.03 * template.max()
     (outside,) = dense([coadd.point(32.0, 26.0)])  # in the missing cell
     np.testing.assert_allclose(outside[20:30, 14:28], psf[0, 0, :10, :14], atol=1e-6)
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    image, psf = np.ones(SHAPE), np.tile(moffat(), (2, 3, 1, 1))
+    with pytest.raises(ValueError, match=r"residual is \(59, 84\) and the model \(60, 84\)"):
+        Coadd(image, 0.8, image[1:], image, psf)
+    with pytest.raises(ValueError, match=r"variance is \(60, 83\) and the model"):
+        Coadd(image, 0.8, image, image[:, 1:], psf)
+    with pytest.raises(ValueError, match="PSFs of 2x5 cells do not fit"):
+        Coadd(image, 0.8, image, image, np.tile(moffat(), (2, 5, 1, 1)))

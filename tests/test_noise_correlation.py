@@ -12,6 +12,7 @@ import pytest
 import torch
 from toy import observe
 
+from lsst.coadd.deepprior.finer import OVERSAMPLINGS, finer_layout, finer_observation
 from lsst.coadd.deepprior.joint_fit import Coadd, JointFit
 from lsst.coadd.deepprior.noise import NoisyModel
 from lsst.coadd.deepprior.noise_correlation import (
@@ -103,6 +104,47 @@ def test_noise_of_a_visit_is_that_of_its_sky_or_of_its_noise_image() -> None:
     np.testing.assert_allclose(
         noise_correlation(drawn, np.ones(drawn.shape, dtype=bool))[near], found[0][near], atol=0.06
     )
+
+
+def excess(correlation: np.ndarray, psf: np.ndarray) -> float:
+    """Return the variance of PSF fluxes over that of white noise."""
+    coadd = Coadd(
+        np.zeros((60, 60)), 2.0, np.zeros((60, 60)), np.ones((60, 60)), gaussian_stamp(3.0)[None, None]
+    )
+    return coadd.correlated(correlation).noise_excess(psf)
+
+
+@pytest.mark.parametrize("noise_image", [False, True])
+@pytest.mark.parametrize("step", OVERSAMPLINGS)
+def test_noise_on_finer_pixels_is_that_of_the_visits(step: int, noise_image: bool) -> None:
+    """Also that of the lags beyond the first, which a Lanczos kernel makes, and near a trail."""
+    layout = CellLayout(1, 1, 150, 170)
+    (visit,) = observe(layout, [], [1.5])
+    resampling = Resampling(layout.shape, "lanczos3", shift=(0.5, 0.5))
+    rng = np.random.default_rng(8)
+    noise = resampling.image(rng.standard_normal(resampling.detector_shape))
+    noise /= np.sqrt(resampling.variance(np.ones(resampling.detector_shape)))
+    noise = noise.astype(np.float32)
+    trail = 4.0 * np.exp(-0.5 * ((np.arange(150)[:, None] - 100.0) / 4.0) ** 2)
+    flux = (noise + trail).astype(np.float32)
+    visit = dataclasses.replace(visit, flux=flux, noise=noise if noise_image else None)
+    found, drawn = [], []
+    for visits, grid in (([visit], layout), ([finer_observation(visit, step)], finer_layout(layout, step))):
+        data = PatchData(visits, grid, 2.0)
+        latent = torch.zeros(data.shape)
+        correlations = visit_correlations(data, latent, visits)
+        found.append(correlations[0])
+        drawn.append(NoisyModel(visits, data, latent, seed=1, correlations=correlations)[0].flux)
+    first = (step - 1) // 2
+    np.testing.assert_allclose(found[1][::step, ::step], found[0], atol=1e-4)
+    psf = gaussian_stamp(1.5, 13)
+    spaced = np.zeros((13 * step, 13 * step))
+    spaced[first::step, first::step] = psf
+    assert excess(found[0], psf) > 1.5
+    assert excess(found[1], spaced) == pytest.approx(excess(found[0], psf), rel=0.02)
+    everywhere = np.ones(layout.shape, dtype=bool)
+    own = noise_correlation(drawn[1][first::step, first::step], everywhere)
+    assert excess(own, psf) == pytest.approx(excess(found[0], psf), rel=0.1)
 
 
 def test_errors_of_a_fit_hold_the_correlation() -> None:

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from toy import gaussian_stars, observe
 
+from lsst.coadd.deepprior.finer import finer_layout, finer_observation
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.patch_data import NothingToRestoreError
-from lsst.coadd.deepprior.psf import StarFit, fit_star
+from lsst.coadd.deepprior.patch_data import NothingToRestoreError, PatchData
+from lsst.coadd.deepprior.psf import StarFit, fit_star, target_sigma
+from lsst.coadd.deepprior.psf_basis import PsfBasis, reference_sigma
 from lsst.coadd.deepprior.psf_refinement import CorrectedObservations, PsfRefinement, refine_psfs, summary
+from lsst.coadd.deepprior.psf_sky import RefinementSky
 
 LAYOUT = CellLayout(1, 2, 96, 64)
 SEEING = [1.7, 1.9, 2.2, 1.8]
@@ -151,6 +154,60 @@ def test_without_stars_only_differences_are_refined() -> None:
     _check(refinement)
 
 
+def _spoilt_visits(scale: float = 30.0) -> list[Observation]:
+    """Visits with a noise of ``scale`` nJy: the second has a trail over a star, the third has lost a core."""
+    visits = []
+    y, x = np.indices(LAYOUT.shape)
+    across = 0.6 * (x - STARS[1][0]) - 0.8 * (y - STARS[1][1])
+    radius = np.hypot(x - STARS[6][0], y - STARS[6][1])
+    for k, visit in enumerate(_visits()):
+        flux, good = visit.flux, visit.good
+        if k == 1:
+            flux = flux + 15.0 * np.exp(-0.5 * (across / 2.0) ** 2)
+        elif k == 2:
+            flux, good = np.where(radius < 5.0, 0.5 * flux, flux), good & (radius > 2.5)
+        visits.append(
+            dataclasses.replace(
+                visit,
+                flux=(scale * flux).astype(np.float32),
+                variance=scale**2 * visit.variance,
+                good=good,
+            )
+        )
+    return visits
+
+
+def test_trail_and_lost_core_do_not_change_the_psf() -> None:
+    refinement = refine_psfs(_spoilt_visits(), LAYOUT)
+    assert refinement.anchored
+    size, round_to = _errors(refinement)
+    assert np.abs(size).max() < 0.004
+    assert round_to.max() < 0.003
+
+
+def test_only_what_is_near_a_trail_or_a_lost_core_loses_its_weight() -> None:
+    """Single masked pixels of the sky, and the border of the patch, take nothing from their neighbours."""
+    visits = _spoilt_visits()
+    data = PatchData(visits, LAYOUT, target_sigma(2.35 * np.array(SEEING)))
+    sky = RefinementSky(data, PsfBasis(reference_sigma(data.seeing)), base_steps=30)
+    y, x = np.indices(LAYOUT.shape)
+    border = np.minimum.reduce([y, x, y[::-1], x[:, ::-1]]) < 3
+    kept = []
+    for _, visit in data.visits():
+        star, other = (visit.kernel.forward(light) for light in (sky.star_light, sky.other_light))
+        _, weight = sky.residual(visit, star, other)
+        kept.append(weight[data.margin : -data.margin, data.margin : -data.margin].numpy() > 0.0)
+    for k in (0, 3):
+        good = visits[k].good
+        assert kept[k][good & border].mean() > 0.98
+        assert kept[k][good].mean() > 0.94
+    trail = np.abs(0.6 * (x - STARS[1][0]) - 0.8 * (y - STARS[1][1])) < 1.5
+    core = np.hypot(x - STARS[6][0], y - STARS[6][1]) < 4.0
+    assert not kept[1][visits[1].good & trail].any()
+    assert (visits[2].good & core).any()
+    assert not kept[2][core].any()
+
+
 def test_a_visit_without_pixels_stays_as_it_is() -> None:
     visits = _visits()
     visits[2] = dataclasses.replace(visits[2], good=np.zeros_like(visits[2].good))
@@ -172,6 +229,8 @@ def test_bad_input() -> None:
         refine_psfs(nothing, LAYOUT)
     with pytest.raises(ValueError, match="cells"):
         refine_psfs(visits, CellLayout(2, 2, 48, 64))
+    with pytest.raises(ValueError, match="on the pixels of the warps, but visit 0"):
+        refine_psfs([finer_observation(visit, 2) for visit in visits], finer_layout(LAYOUT, 2))
     shape = StarFit(1.0, 0.0, 0.0, 1.0, 0.0, 0.0)
     unknown = np.full(1, np.nan)
     one = PsfRefinement(

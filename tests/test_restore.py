@@ -16,7 +16,7 @@ from toy import gaussian_stars, observe
 from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
 from lsst.coadd.deepprior.conditions import AXES
 from lsst.coadd.deepprior.fit import make_trunk
-from lsst.coadd.deepprior.fitted_patch import RestoreSettings
+from lsst.coadd.deepprior.fitted_patch import FittedPatch, RestoreSettings
 from lsst.coadd.deepprior.network import FEATURES, Trunk, encoder_features, latent_and_slope
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.patch_data import NothingToRestoreError, PatchData
@@ -319,3 +319,21 @@ def test_network_that_has_lost_the_light_is_not_used(monkeypatch: pytest.MonkeyP
     result = restore(visits, LAYOUT, QUICK)
     assert "lost the light" in result.metrics["method"]
     np.testing.assert_array_equal(result.image, base.image)
+
+
+@pytest.mark.parametrize(("full", "n_draws"), [(False, 2), (True, 1)])
+def test_no_star_is_injected_where_there_is_no_room(
+    full: bool, n_draws: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then noise is restored for the variance only, and not once more for the PSF."""
+    calls = []
+    drawn = FittedPatch.drawn
+    monkeypatch.setattr(FittedPatch, "drawn", lambda *args: calls.append(args) or drawn(*args))
+    visits = observe(LAYOUT, [], [1.6, 1.8, 1.7], seed=2)
+    if full:
+        for visit in visits:
+            visit.flux[::8] += 300.0
+            visit.flux[:, ::8] += 300.0
+    result = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=0, base_steps=20))
+    assert len(calls) == n_draws
+    assert bool(result.metrics["psf"]["injected_stars"]) == (not full)

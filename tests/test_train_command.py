@@ -420,3 +420,13 @@ def test_progress_without_a_terminal(
         "training: 110 of 110, loss 0.25",
         "noise: 1 of 4, rms 0.125 nJy",
     ]
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"), [("noise", "rms 0.25 nJy"), ("noise i", "rms 0.25 nJy"), ("fit i", "loss 0.25")]
+)
+def test_what_progress_calls_its_number(phase: str, number: str) -> None:
+    """With several bands the band is behind the phase."""
+    lines: list[str] = []
+    progress.ProgressLines(lines.append)(phase, 1, 4, 0.25)
+    assert lines == [f"{phase}: 1 of 4, {number}"]

@@ -46,6 +46,9 @@ _BRIGHT = 10.0
 _REFRESH_EVERY = 20
 """Steps between two passes over the visits."""
 
+_FIRST_STEPS, _EARLY_STEPS = 3, 6
+"""Number of steps of the first and of the early image, which are not accelerated."""
+
 _PLAIN_STEPS = 15
 """Number of steps before the acceleration begins."""
 
@@ -234,7 +237,6 @@ def maximum_likelihood(
     sets: VisitSets,
     *,
     steps: int = 240,
-    early_steps: tuple[int, int] = (3, 6),
     progress: Callable[[int, int, float], None] | None = None,
 ) -> MaximumLikelihood:
     """Maximise the robust likelihood of several sets of visits by many multiplicative steps.
@@ -251,8 +253,6 @@ def maximum_likelihood(
         The sets.
     steps : `int`, optional
         Number of steps of the final image.
-    early_steps : `tuple` [`int`, `int`], optional
-        Number of steps of the first and of the early image, which are not accelerated.
     progress : `~collections.abc.Callable`, optional
         Called with the step, the number of steps and the objective after every refresh.
 
@@ -272,9 +272,9 @@ def maximum_likelihood(
             statistics = data.linearise(sets, latent, psf_error=error)
             if progress is not None:
                 progress(step, steps, float(statistics.objective.mean()))
-        if step < early_steps[1]:
+        if step < _EARLY_STEPS:
             early = maximum_likelihood_step(early, statistics)
-        if step < early_steps[0]:
+        if step < _FIRST_STEPS:
             first = early
         if step < _PLAIN_STEPS:
             latent = maximum_likelihood_step(latent, statistics)

@@ -90,7 +90,6 @@ def richardson_lucy(
     sigma: float,
     *,
     steps: Sequence[int],
-    device: torch.device | str = "cpu",
 ) -> dict[int, PeerImage]:
     """Deconvolve the visits jointly by multiplicative steps, stopped early.
 
@@ -109,8 +108,6 @@ def richardson_lucy(
         Sigma of the target PSF in pixels.
     steps : `~collections.abc.Sequence` [`int`]
         Numbers of steps after which an image is wanted.
-    device : `torch.device` or `str`, optional
-        Where to compute.
 
     Returns
     -------
@@ -124,7 +121,7 @@ def richardson_lucy(
         layout.
     """
     wanted = checked_steps(steps)
-    data = PatchData(observations, layout, sigma, device=device)
+    data = PatchData(observations, layout, sigma)
     sets = data.sets()
     latent, _ = robust_start(data, sets)
     peers = {}
@@ -198,7 +195,6 @@ def starlet_map(
     *,
     strength: float,
     steps: int = 200,
-    device: torch.device | str = "cpu",
 ) -> PeerImage:
     r"""Deconvolve the visits jointly with sparse starlet coefficients and a positive latent image.
 
@@ -215,7 +211,7 @@ def starlet_map(
 
     Parameters
     ----------
-    observations, layout, sigma, device
+    observations, layout, sigma
         As those of `richardson_lucy`.
     strength : `float`
         The factor :math:`\lambda`, not negative.
@@ -236,7 +232,7 @@ def starlet_map(
     if not strength >= 0.0:
         raise ValueError(f"The strength of the prior must not be negative, but is {strength}.")
     checked_steps([steps])
-    data = PatchData(observations, layout, sigma, device=device)
+    data = PatchData(observations, layout, sigma)
     sets = data.sets()
     gram = sets.gram[0]
     latent = maximum_likelihood(data, sets, steps=_START_STEPS).latent[0]
@@ -290,7 +286,6 @@ def coadd_deconvolution(
     *,
     steps: Sequence[int] | None = None,
     footprints: bool = True,
-    device: torch.device | str = "cpu",
 ) -> dict[int, PeerImage]:
     """Deconvolve the plain coadd as the pipelines of Rubin do today.
 
@@ -303,7 +298,7 @@ def coadd_deconvolution(
 
     Parameters
     ----------
-    observations, layout, sigma, device
+    observations, layout, sigma
         As those of `richardson_lucy`.
     steps : `~collections.abc.Sequence` [`int`], optional
         Numbers of steps after which an image is wanted; the default is the stopping rule of the task (a
@@ -323,7 +318,7 @@ def coadd_deconvolution(
         Raised as `richardson_lucy` does.
     """
     wanted = [_MAX_ITER] if steps is None else checked_steps(steps)
-    data = PatchData(observations, layout, sigma, device=device)
+    data = PatchData(observations, layout, sigma)
     mean, variance, psf = weighted_mean(data, observations)
     seen, has_psf = np.isfinite(mean), np.isfinite(psf).all(axis=(2, 3))
     nearest = scipy.ndimage.distance_transform_edt(~has_psf, return_distances=False, return_indices=True)

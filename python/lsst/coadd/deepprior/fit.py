@@ -28,7 +28,6 @@ import itertools
 import math
 
 import torch
-import torch.nn.functional
 
 from .baselines import maximum_likelihood
 from .batches import Batches

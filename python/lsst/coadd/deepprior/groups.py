@@ -29,7 +29,8 @@ def lower_median(images: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the pixel-wise lower median of a stream of images without keeping them all.
 
     Up to `_MEDIAN_BUFFER` images it is exact, beyond it is the remedian, the median of medians (Rousseeuw &
-    Bassett 1990, JASA 85, 97).
+    Bassett 1990, JASA 85, 97), in which what is left over at the end counts for as many images as it stands
+    for.
 
     Parameters
     ----------
@@ -51,25 +52,39 @@ def lower_median(images: Iterable[torch.Tensor]) -> torch.Tensor:
                 levels.append([])
             levels[level + 1].append(median_of(kept))
             kept.clear()
-    return median_of([image for level in levels for image in level])
+    weights = [_MEDIAN_BUFFER**level for level, kept in enumerate(levels) for _ in kept]
+    return median_of([image for kept in levels for image in kept], weights)
 
 
-def median_of(images: Sequence[torch.Tensor]) -> torch.Tensor:
+def median_of(images: Sequence[torch.Tensor], weights: Sequence[int] = ()) -> torch.Tensor:
     """Return the pixel-wise lower median of some images, row block by row block.
 
     Parameters
     ----------
     images : `~collections.abc.Sequence` [`torch.Tensor`], (y, x)
         At least one image; NaN where it has no value.
+    weights : `~collections.abc.Sequence` [`int`], optional
+        How many times each image counts; without them, or with equal ones, once.
 
     Returns
     -------
     median : `torch.Tensor`, (y, x)
         NaN where no image has a value.
     """
-    # torch's nanmedian is the lower of the two middle values.
     blocks = zip(*(image.split(_MEDIAN_ROWS) for image in images), strict=True)
+    if len(set(weights)) > 1:
+        return torch.cat([_weighted_lower_median(torch.stack(block), weights) for block in blocks])
+    # torch's nanmedian is the lower of the two middle values.
     return torch.cat([torch.stack(block).nanmedian(dim=0).values for block in blocks])
+
+
+def _weighted_lower_median(images: torch.Tensor, weights: Sequence[int]) -> torch.Tensor:
+    """Return the least value of each pixel up to which the images, (n, y, x), have half of the weight."""
+    values, order = images.sort(dim=0)  # NaN last
+    weight = torch.as_tensor(weights, dtype=values.dtype, device=values.device)[order]
+    weight = torch.where(values.isnan(), 0.0, weight)
+    below = weight.cumsum(dim=0) < 0.5 * weight.sum(dim=0)
+    return values.gather(0, below.sum(dim=0, keepdim=True))[0]
 
 
 def deal_groups(depth: np.ndarray, seeing: np.ndarray, n_groups: int = MAX_GROUPS) -> np.ndarray:
@@ -129,7 +144,7 @@ def deal_splits(
     """
     if n_groups < 2:
         raise ValueError("A split needs at least two visits.")
-    n_loss = 1 if n_groups < 5 else max(1, round(n_groups / 3))
+    n_loss = 1 if n_groups < 5 else round(n_groups / 3)
     if n_groups < 5:
         n_splits = n_groups
     loss = torch.zeros(n_splits, n_groups, dtype=torch.bool)

@@ -112,6 +112,11 @@ class Coadd:
     fwhm : `numpy.ndarray`, (cell_i, cell_j)
         FWHM of the PSF in pixels; in missing cells the median of the others.
 
+    Raises
+    ------
+    ValueError
+        Raised if the images have not one shape, or the cells of ``psf`` do not divide it.
+
     Notes
     -----
     Sources in missing cells cast light into others. They are drawn with the PSF of the nearest of these.
@@ -129,7 +134,17 @@ class Coadd:
         self.shape = model.shape
         self.noise_correlation = np.ones((1, 1)) if noise_correlation is None else noise_correlation
         self.psf = psf
+        for name, image in (("residual", residual), ("variance", variance)):
+            if image.shape != self.shape:
+                raise ValueError(
+                    f"The {name} is {image.shape} and the model {self.shape}; they must be equal."
+                )
         n_i, n_j = psf.shape[:2]
+        if self.shape[0] % n_i or self.shape[1] % n_j:
+            raise ValueError(
+                f"PSFs of {n_i}x{n_j} cells do not fit an image of {self.shape}: give one for each cell, all "
+                "cells being equally large."
+            )
         self.height, self.width = self.shape[0] // n_i, self.shape[1] // n_j
         self.fwhm = np.full((n_i, n_j), np.nan)
         self.kernels = np.full(psf.shape, np.nan)

@@ -104,11 +104,7 @@ def weighted_mean(
 
 
 def inverse_variance_coadd(
-    observations: Sequence[Observation],
-    layout: CellLayout,
-    sigma: float,
-    *,
-    device: torch.device | str = "cpu",
+    observations: Sequence[Observation], layout: CellLayout, sigma: float
 ) -> PeerImage:
     """Average the visits with their inverse sky variances.
 
@@ -123,8 +119,6 @@ def inverse_variance_coadd(
         Cells of the patch.
     sigma : `float`
         Sigma of the target PSF in pixels, which all peers take; this one does not depend on it.
-    device : `torch.device` or `str`, optional
-        Where to compute.
 
     Returns
     -------
@@ -136,25 +130,19 @@ def inverse_variance_coadd(
     ValueError
         Raised if no visit has a good pixel, or if one is not on the layout.
     """
-    data = PatchData(observations, layout, sigma, device=device)
+    data = PatchData(observations, layout, sigma)
     mean, _, psf = weighted_mean(data, observations)
     return PeerImage(mean.astype(np.float32), psf[_central_cell(np.isfinite(psf).all(axis=(2, 3)))])
 
 
-def best_seeing_visit(
-    observations: Sequence[Observation],
-    layout: CellLayout,
-    sigma: float,
-    *,
-    device: torch.device | str = "cpu",
-) -> PeerImage:
+def best_seeing_visit(observations: Sequence[Observation], layout: CellLayout, sigma: float) -> PeerImage:
     """Return the visit of sharpest PSF, by the FWHM of a Gaussian fit to its stamp (`PatchData.seeing`).
 
     It is chosen among the visits that cover at least 95 % of the patch, or, without any, among those that
     cover the most. Parameters, return value and errors are those of `inverse_variance_coadd`; masked pixels
     are NaN.
     """
-    data = PatchData(observations, layout, sigma, device=device)
+    data = PatchData(observations, layout, sigma)
     coverage = np.where(data.weight > 0.0, data.overlap, 0.0).mean(axis=(1, 2))
     enough = np.flatnonzero(coverage >= min(_FULL_COVERAGE, coverage.max()))
     best = int(enough[np.argmin(data.seeing[enough])])
@@ -164,13 +152,7 @@ def best_seeing_visit(
     return PeerImage(image.cpu().numpy().astype(np.float32), psf / psf.sum())
 
 
-def proper_coadd(
-    observations: Sequence[Observation],
-    layout: CellLayout,
-    sigma: float,
-    *,
-    device: torch.device | str = "cpu",
-) -> PeerImage:
+def proper_coadd(observations: Sequence[Observation], layout: CellLayout, sigma: float) -> PeerImage:
     r"""Coadd the visits so that white noise stays white and nothing of point sources is lost.
 
     The proper coadd R (Zackay & Ofek 2017, ApJ 836, 188) of visits :math:`M_j` of noise
@@ -186,7 +168,7 @@ def proper_coadd(
     of the visits that are good there and, where there is none, the `PatchData.lower_median`; the surroundings
     of the patch are 0. Parameters, return value and errors are those of `inverse_variance_coadd`.
     """
-    data = PatchData(observations, layout, sigma, device=device)
+    data = PatchData(observations, layout, sigma)
     weight = np.where(entering_visits(data), data.weight, 0.0)
     size = max(observation.psf.shape[-1] for observation in observations)
     reach = 2 * size - 1

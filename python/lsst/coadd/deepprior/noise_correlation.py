@@ -26,7 +26,8 @@ from .outliers import OUTLIER_PSF_ERROR, find_outliers
 from .patch_data import PatchData
 
 REACH = 5
-"""Largest lag in pixels along an axis; a Lanczos kernel of order 3, the widest in use, correlates no more."""
+"""Largest lag in pixels of a visit along an axis; a Lanczos kernel of order 3, the widest in use, correlates
+no more."""
 
 _SIGNIFICANT = 3.0
 """Correlations below this number of standard errors, ``n^(-1/2)`` for n pairs, are taken as 0: the sum over
@@ -36,11 +37,11 @@ _SKY = 1.0
 """Largest model, in units of the noise of the visit, of pixels that count as sky."""
 
 _OUTLIER_REACH = 10
-"""Distance in pixels from an outlier up to which nothing counts as sky: the wings of a trail, too faint to be
-seen, would make the noise look correlated."""
+"""Distance in pixels of a visit from an outlier up to which nothing counts as sky: the wings of a trail, too
+faint to be seen, would make the noise look correlated."""
 
 
-def noise_correlation(deviation: np.ndarray, where: np.ndarray) -> np.ndarray:
+def noise_correlation(deviation: np.ndarray, where: np.ndarray, reach: int = REACH) -> np.ndarray:
     """Measure the correlation of noise.
 
     Parameters
@@ -49,12 +50,14 @@ def noise_correlation(deviation: np.ndarray, where: np.ndarray) -> np.ndarray:
         Noise in units of its standard deviation.
     where : `numpy.ndarray`, (y, x), bool
         Pixels to use, in which ``deviation`` is finite.
+    reach : `int`, optional
+        Largest lag along an axis.
 
     Returns
     -------
     correlation : `numpy.ndarray`, (k, k)
-        Correlation at the lags from -`REACH` to `REACH` along y and x, 1 in the middle; that of white noise
-        where no pixel can be used.
+        Correlation at the lags from -``reach`` to ``reach`` along y and x, 1 in the middle; that of white
+        noise where no pixel can be used.
 
     Raises
     ------
@@ -65,22 +68,22 @@ def noise_correlation(deviation: np.ndarray, where: np.ndarray) -> np.ndarray:
         raise ValueError(f"The noise is {deviation.shape} and its mask {where.shape}; they must be equal.")
     if not np.isfinite(deviation[where]).all():
         raise ValueError("A pixel of the noise is not finite; leave it out of the mask.")
-    white = np.zeros((2 * REACH + 1, 2 * REACH + 1))
-    white[REACH, REACH] = 1.0
-    size = [scipy.fft.next_fast_len(n + REACH, real=True) for n in where.shape]
+    white = np.zeros((2 * reach + 1, 2 * reach + 1))
+    white[reach, reach] = 1.0
+    size = [scipy.fft.next_fast_len(n + reach, real=True) for n in where.shape]
 
     def lags(image: np.ndarray) -> np.ndarray:
         power = np.abs(scipy.fft.rfft2(image, size)) ** 2
         wrapped = scipy.fft.irfft2(power, size)
-        steps = np.arange(-REACH, REACH + 1)
+        steps = np.arange(-reach, reach + 1)
         return wrapped[np.ix_(steps, steps)]
 
     mask = where.astype(float)
     n_pairs = np.maximum(np.rint(lags(mask)), 1.0)
     covariance = lags(np.where(where, deviation, 0.0)) / n_pairs
-    if not covariance[REACH, REACH] > 0.0:
+    if not covariance[reach, reach] > 0.0:
         return white
-    correlation = covariance / covariance[REACH, REACH]
+    correlation = covariance / covariance[reach, reach]
     significant = np.abs(correlation) > _SIGNIFICANT / np.sqrt(n_pairs)
     return np.where(significant | (white > 0.0), correlation, 0.0)
 
@@ -143,26 +146,40 @@ def visit_correlations(
     Returns
     -------
     correlations : `numpy.ndarray`, (visit, k, k)
-        See `noise_correlation`; that of white noise for visits without a good pixel.
+        See `noise_correlation`; that of white noise for visits without a good pixel. On a finer grid the lags
+        are in its pixels, and only those of the visits' pixels have a correlation.
     """
-    result = np.zeros((len(data), 2 * REACH + 1, 2 * REACH + 1))
-    result[:, REACH, REACH] = 1.0
+    step, first = data.sampling, (data.sampling - 1) // 2
+    reach = step * REACH
+    result = np.zeros((len(data), 2 * reach + 1, 2 * reach + 1))
+    result[:, reach, reach] = 1.0
     for index, visit in data.visits():
         observation = observations[index]
+        found = result[index, ::step, ::step]
         if observation.noise is not None:
-            where = observation.good & np.isfinite(observation.noise)
-            sigma = np.sqrt(np.where(where, observation.variance, 1.0))
-            result[index] = noise_correlation(np.where(where, observation.noise, 0.0) / sigma, where)
+            own, variance, good = (
+                image[first::step, first::step]
+                for image in (observation.noise, observation.variance, observation.good)
+            )
+            where = good & np.isfinite(own)
+            sigma = np.sqrt(np.where(where, variance, 1.0))
+            found[...] = noise_correlation(np.where(where, own, 0.0) / sigma, where)
             continue
-        prediction, noise = visit.kernel.forward(latent), visit.variance.sqrt()
-        deviation = (visit.flux - prediction) / noise
-        good = visit.weight > 0
-        outliers = find_outliers(
-            visit.flux - prediction, data.scale(visit, prediction, OUTLIER_PSF_ERROR), good
+        prediction = visit.kernel.forward(latent)
+        residual, scale, noise, weight, prediction = (
+            image[data.sampled]
+            for image in (
+                visit.flux - prediction,
+                data.scale(visit, prediction, OUTLIER_PSF_ERROR),
+                visit.variance.sqrt(),
+                visit.weight,
+                prediction,
+            )
         )
+        outliers = find_outliers(residual, scale, weight > 0)
         near = scipy.ndimage.maximum_filter(outliers.cpu().numpy(), 2 * _OUTLIER_REACH + 1)
-        where = (good & (prediction < _SKY * noise)).cpu().numpy() & ~near
-        values = deviation.cpu().numpy().astype(float)
+        where = ((weight > 0) & (prediction < _SKY * noise)).cpu().numpy() & ~near
+        values = (residual / noise).cpu().numpy().astype(float)
         if where.any():
-            result[index] = noise_correlation(values - values[where].mean(), where)
+            found[...] = noise_correlation(values - values[where].mean(), where)
     return result

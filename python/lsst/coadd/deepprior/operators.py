@@ -285,8 +285,6 @@ class _Tiles:
         self._number = number
         self._stride = stride
         self._used = np.ones(number, dtype=bool)
-        # Every so many tiles apart they do not overlap.
-        self._reach: dict[tuple[int, int], tuple[int, int]] = {}
 
     def windows(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
         """Return the weights of the pixels of the tiles, `None` where all are 1."""

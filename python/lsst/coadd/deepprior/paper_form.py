@@ -31,7 +31,6 @@ def paper_form(
     *,
     steps: Sequence[int],
     seed: int,
-    device: torch.device | str = "cpu",
 ) -> dict[int, PeerImage]:
     r"""Fit a network that reads the visits to the same visits, and stop early.
 
@@ -55,8 +54,6 @@ def paper_form(
         Numbers of steps after which an image is wanted.
     seed : `int`
         Seed of the start of the network.
-    device : `torch.device` or `str`, optional
-        Where to compute.
 
     Returns
     -------
@@ -70,7 +67,7 @@ def paper_form(
         layout.
     """
     wanted = checked_steps(steps)
-    data = PatchData(observations, layout, sigma, device=device)
+    data = PatchData(observations, layout, sigma)
     sets = data.sets()
     visits = [visit for _, visit in data.visits()]
     noise = float(sets.sensitivity.max()) ** -0.5

@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.ndimage
-import scipy.optimize
 import scipy.sparse
 import scipy.sparse.csgraph
 import scipy.spatial

@@ -56,11 +56,11 @@ class ProgressLines:
         Parameters
         ----------
         phase : `str`
-            What is done.
+            What is done, and, with several bands, the band behind it.
         step, n_steps : `int`
             Number of steps done, and of all.
         loss : `float`, optional
-            The loss; in the phase ``noise``, the rms of what the noise changes in nJy.
+            The loss; where the phase is ``noise``, the rms of what the noise changes in nJy.
         """
         now = time.monotonic()
         if phase != self._phase:
@@ -70,7 +70,8 @@ class ProgressLines:
         self._written = now
         line = f"{phase}: {step} of {n_steps}"
         if not math.isnan(loss):
-            line += f", rms {loss:.5g} nJy" if phase == "noise" else f", loss {loss:.5g}"
+            of_noise = phase.split()[0] == "noise"
+            line += f", rms {loss:.5g} nJy" if of_noise else f", loss {loss:.5g}"
         if self._first < step < n_steps:
             seconds = (now - self._started) / (step - self._first) * (n_steps - step)
             line += f", {seconds:.0f} s left"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 __all__ = (
     "FWHM_PER_SIGMA",
+    "SAMPLED_FWHM",
     "StarFit",
     "carry_kernel",
     "convolve_full",
@@ -39,8 +40,11 @@ import scipy.optimize
 
 FWHM_PER_SIGMA = 2.0 * math.sqrt(2.0 * math.log(2.0))
 
+SAMPLED_FWHM = 1.8
+"""Narrowest Gaussian in pixels (FWHM) that pixels sample, and narrowest target PSF that can be asked for."""
+
 MIN_TARGET_FWHM = 2.0
-"""Narrowest target PSF in pixels (FWHM): a narrower Gaussian is not well sampled."""
+"""Narrowest default target PSF in pixels (FWHM): a narrower Gaussian is not well sampled."""
 
 _BELOW_BEST = 0.9
 """Largest default target PSF in units of the best seeing: a latent image that is wider than a visit would
@@ -149,8 +153,8 @@ def target_sigma(seeing_fwhm: Iterable[float], requested_fwhm: float | None = No
     Raises
     ------
     ValueError
-        Raised if the FWHM asked for is below 1.8 pixels, where pixels no longer sample a Gaussian, or not
-        narrower than the worst seeing; and if the best seeing is below `_SHARPEST` of the target PSF.
+        Raised if the FWHM asked for is below `SAMPLED_FWHM`, or not narrower than the worst seeing; and if
+        the best seeing is below `_SHARPEST` of the target PSF.
     """
     seeing = np.asarray(list(seeing_fwhm), dtype=float)
     if requested_fwhm is None:
@@ -159,10 +163,10 @@ def target_sigma(seeing_fwhm: Iterable[float], requested_fwhm: float | None = No
         )
     else:
         fwhm_pixels = float(requested_fwhm)
-        if fwhm_pixels < 1.8:
+        if fwhm_pixels < SAMPLED_FWHM:
             raise ValueError(
                 f"A target PSF with FWHM {fwhm_pixels:.2f} pixels is not sampled by the pixels; "
-                "ask for at least 1.8."
+                f"ask for at least {SAMPLED_FWHM}."
             )
         if fwhm_pixels >= seeing.max():
             raise ValueError(

@@ -221,14 +221,23 @@ def refine_psfs(
     NothingToRestoreError
         Raised if no visit has a good pixel in a cell with a PSF.
     ValueError
-        Raised if a visit does not fit the layout, or ``base_steps`` is not positive.
+        Raised if a visit does not fit the layout or is on finer pixels than its own, or ``base_steps`` is not
+        positive.
     """
     if base_steps < 1:
         raise ValueError(f"base_steps must be at least 1, not {base_steps}.")
-    seeing = np.array([observation.seeing() for observation in observations])
+    found, given = [], []
+    for observation in observations:
+        if observation.sampling != 1:
+            raise ValueError(
+                f"PSFs are learned on the pixels of the warps, but {observation.name} is on finer ones; "
+                "learn them before visits are brought to these."
+            )
+        found.append(observation.seeing())
+        given.append(observation.psf)
+    seeing = np.array(found)
     if not np.isfinite(seeing).any():
         raise NothingToRestoreError("No visit of the patch has a PSF in any cell.")
-    given = [observation.psf for observation in observations]
     stamps = [blind_stamps(psf) for psf in given] if blind else given
     seeing = seeing[np.isfinite(seeing)]
     sigma = target_sigma(seeing)

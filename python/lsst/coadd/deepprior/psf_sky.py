@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ("MIN_SNR", "MIN_STARS", "RefinementSky")
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -213,13 +214,16 @@ class RefinementSky:
         does not have, and those around a masked core.
         """
         good = visit.weight > 0
+        # Pixels that are not good have no variance of their own.
+        variance = torch.where(good, visit.variance, visit.variance[good].median())
+        visit = dataclasses.replace(visit, variance=variance)
         prediction = star + other
         residual = torch.where(good, visit.flux - prediction, 0.0)
         scale = torch.hypot(self.data.scale(visit, star), _SKY_ERROR * other)
         deviation = residual / scale
         weight = (_HUBER / deviation.abs().clamp_min(1e-30)).clamp_max(1.0) / scale.square()
         # An error of the PSF or a shift is the same in all pixels of a star, and is no outlier.
-        noise = visit.variance.sqrt()
+        noise = variance.sqrt()
         smooth, light = self._smoothed(torch.stack([residual / noise, prediction.abs() / noise]))
         granted = max(self.data.psf_error, _OUTLIER_PSF_ERROR) * light
         outlier = smooth.abs() > _OUTLIER * torch.hypot(torch.ones_like(granted), granted)

@@ -5,10 +5,10 @@
 
 """The restoration of a patch: from arrays to arrays.
 
-A convolutional encoder/decoder is fitted to the visits of the patch themselves (Navarro, Hall, Budavari &
-Sukurdeep 2023, arXiv:2302.02030), with the visits split so that fitting their noise does not pay: in each
-step the encoder reads one set of visits and the loss is taken on the others (Lehtinen et al. 2018,
-arXiv:1803.04189).
+A convolutional encoder/decoder corrects the image of maximum likelihood. It has learned from many patches, or
+is fitted to the visits of the patch themselves (Navarro, Hall, Budavari & Sukurdeep 2023, arXiv:2302.02030).
+In both cases visits are split so that fitting their noise does not pay: in each step the encoder reads one
+set of visits and the loss is taken on the others (Lehtinen et al. 2018, arXiv:1803.04189).
 """
 
 from __future__ import annotations
@@ -277,10 +277,15 @@ def _variance(
 
 
 def _leakage(fitted: FittedPatch, correlations: np.ndarray, first_draw: np.ndarray) -> list[dict[str, Any]]:
-    """Restore the first noise realisation once more, with stars in it; compare them with the target PSF."""
+    """Restore the first noise realisation once more, with stars in it; compare them with the target PSF.
+
+    Nothing is restored where there is no room for a star.
+    """
     data, latent, seed = fitted.data, fitted.points.latent, fitted.settings.seed
     image = fitted.image(latent)
     stars = place_stars(data, fitted.observations, image, seed)
+    if len(stars.flux) == 0:
+        return []
     _, again = fitted.drawn(latent + injected_latent(data, stars), seed + 1000, correlations)
     return measure_leakage(fitted.image(again) - (image + first_draw), stars, data.sigma)
 

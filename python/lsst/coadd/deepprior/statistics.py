@@ -37,7 +37,6 @@ import dataclasses
 import functools
 
 import torch
-import torch.nn.functional
 
 from .operators import CellConvolution
 from .parallel import by_rows

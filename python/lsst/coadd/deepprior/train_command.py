@@ -27,6 +27,7 @@ from .checkpoint import CheckpointError, write_atomically
 from .ingest import DEFAULT_RUN, IngestError
 from .network_dataset import DEFAULT_NETWORK_RUN, NetworkIngestError, ingest_network
 from .progress import ProgressLines
+from .psf import SAMPLED_FWHM
 from .training_data import TrainingDataError, butler_data, file_data, scene_data
 from .training_run import train_network
 from .warp_files import InvalidWarpFileError
@@ -84,7 +85,7 @@ def show_progress() -> Iterator[Report]:
 @click.option("--seed", default=1, type=click.IntRange(min=0), help="Seed of all random numbers.")
 @click.option(
     "--target-fwhm",
-    type=click.FloatRange(min=1.8),
+    type=click.FloatRange(min=SAMPLED_FWHM),
     metavar="PIXELS",
     help="FWHM of the PSF of the restored images, half the median seeing of each patch by default; give what "
     "the restoration will be configured with.",

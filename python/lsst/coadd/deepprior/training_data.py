@@ -35,7 +35,7 @@ from lsst.daf.butler import (
 
 from .ingest import DATASET_TYPE, DEFAULT_RUN, ingest_warp_files
 from .progress import counted
-from .psf import target_sigma
+from .psf import SAMPLED_FWHM, target_sigma
 from .tasks.deep_prior_coadd_config import DeepPriorCoaddConfig
 from .warp_streams import WarpHandles, WarpObservations, cell_layout
 from .warps import Warp
@@ -53,9 +53,6 @@ _MAX_SCENES = 1_000_000
 
 _BAND = "r"
 """Band of the scenes; they are the same in all bands but for the fluxes."""
-
-_MIN_TARGET_FWHM = 1.8
-"""Smallest FWHM in pixels of a target PSF that a restoration takes."""
 
 _MIN_VISITS = 2
 """A patch needs visits to read and visits to be judged by."""
@@ -140,9 +137,9 @@ def scene_data(n_scenes: int, seed: int, progress: Progress) -> TrainingData:
 def _random_target(seeing: Sequence[float], number: int) -> float | None:
     """Draw the FWHM of a target PSF in pixels, up to 0.6 times the seeing; `None` where none is possible."""
     highest = min(max(2.2, 0.6 * float(np.nanmedian(seeing))), 0.9 * float(np.nanmax(seeing)))
-    if highest < _MIN_TARGET_FWHM:
+    if highest < SAMPLED_FWHM:
         return None
-    return float(np.random.default_rng([number, 1]).uniform(_MIN_TARGET_FWHM, highest))
+    return float(np.random.default_rng([number, 1]).uniform(SAMPLED_FWHM, highest))
 
 
 @contextlib.contextmanager

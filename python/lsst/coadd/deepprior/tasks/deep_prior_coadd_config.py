@@ -14,6 +14,7 @@ from lsst.pipe.base import PipelineTaskConfig
 from lsst.pipe.base.connectionTypes import Output, PrerequisiteInput
 
 from ..network_dataset import NETWORK_DATASET_TYPE, NETWORK_STORAGE_CLASS
+from ..psf import SAMPLED_FWHM
 from .direct_warp_inputs import DirectWarpConfig, DirectWarpConnections
 
 
@@ -106,8 +107,8 @@ class DeepPriorCoaddConfig(
         dtype=float,
         doc="FWHM in arcsec of the PSF of the restored image. Without it (and without target_fwhm_pixels) it "
         "is half the median seeing of the visits, at most 0.9 of the best, and at least 2 pixels. A narrower "
-        "PSF shows more detail, which relies more on the prior; below 1.8 pixels the pixels do not sample it "
-        "any more.",
+        "PSF shows more detail, which relies more on the prior; below "
+        f"{SAMPLED_FWHM} pixels the pixels do not sample it any more.",
         default=None,
         optional=True,
         min=0.0,
@@ -118,7 +119,7 @@ class DeepPriorCoaddConfig(
         doc="The same in pixels; only one of the two can be set.",
         default=None,
         optional=True,
-        min=1.8,
+        min=SAMPLED_FWHM,
     )
     bad_mask_planes = ListField[str](
         doc="Mask planes of a warp whose pixels are not used. Planes that a warp does not have are ignored, "
@@ -196,7 +197,7 @@ class DeepPriorCoaddConfig(
     n_variance_draws = RangeField(
         dtype=int,
         doc="Least number of times that simulated noise is restored for the variance plane, whose relative "
-        "error falls with its root; each costs as much as one base image.",
+        "error falls with its root; each costs about a third of what the base image does.",
         default=4,
         min=1,
     )

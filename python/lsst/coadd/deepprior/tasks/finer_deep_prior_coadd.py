@@ -54,7 +54,18 @@ class FinerDeepPriorCoaddConnections(
 class FinerDeepPriorCoaddConfig(
     DeepPriorCoaddConfig, FinerConfig, pipelineConnections=FinerDeepPriorCoaddConnections
 ):
-    """Configuration of `FinerDeepPriorCoaddTask`; what is in pixels is in pixels of the coadds."""
+    """Configuration of `FinerDeepPriorCoaddTask`; what is in pixels is in pixels of the coadds, but for
+    ``cell_size``, which is in those of the warps.
+    """
+
+    def validate(self) -> None:
+        """Check what `DeepPriorCoaddConfig` does, and that no PSFs are to be learned."""
+        super().validate()
+        if self.psf_mode != "known":
+            raise ValueError(
+                f"psf_mode = {self.psf_mode!r} works on the pixels of the warps only; on finer pixels it "
+                "must be 'known'."
+            )
 
 
 class FinerDeepPriorCoaddTask(DeepPriorCoaddTask):

@@ -110,7 +110,7 @@ def plain_coadd(coadd: CellCoadd, residual: CellCoadd) -> tuple[Coadd, float]:
     target_sigma : `float`
         Sigma in pixels of the PSF of the restored image.
     """
-    from ..noise_correlation import noise_correlation
+    from ..noise_correlation import REACH, noise_correlation
 
     target = psf_stamps(coadd)
     sigma = fwhm(target[np.isfinite(target[:, :, 0, 0])][0]) / FWHM_PER_SIGMA
@@ -124,5 +124,8 @@ def plain_coadd(coadd: CellCoadd, residual: CellCoadd) -> tuple[Coadd, float]:
         where &= model < _SKY * np.sqrt(plain.variance)
         deviation = np.where(where, residual.image.array, 0.0)
     deviation = deviation / np.sqrt(np.where(plain.good, plain.variance, 1.0))
-    correlation = noise_correlation(deviation, where)
+    # On finer pixels the noise is that of blocks of so many along an axis.
+    block = coadd.metadata.get("oversampling", 1)
+    assert isinstance(block, int)
+    correlation = noise_correlation(deviation, where, block * (REACH + 1) - 1)
     return plain.correlated(correlation), sigma
