@@ -25,7 +25,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import scipy.ndimage
-import scipy.sparse
 import sep
 from astropy import units as u
 from astropy.table import Column, Table
