@@ -131,8 +131,43 @@ def _finished(
 ) -> dict[str, Restoration]:
     """Couple bands and work out what is known of their errors."""
     mark = time.monotonic()
+    marks = {}
+
+    def end_of(phase: str) -> None:
+        nonlocal mark
+        marks[phase] = time.monotonic() - mark
+        mark = time.monotonic()
+
+    patches = _coupled_patches(fitted)
+    images = [patch.image(patch.points.latent) for patch in patches]
+    for band, image in zip(fitted, images, strict=True):
+        if not np.isfinite(image).all():
+            raise FloatingPointError(f"The restored image of {band} is not finite; please report this patch.")
+    end_of("couple")
+    layers = [coadd_layers(patch.data, patch.points.latent, patch.observations) for patch in patches]
+    end_of("coadd")
+    correlations = [visit_correlations(p.data, p.points.latent, p.observations) for p in patches]
+    differences, residuals = _draws(patches, images, correlations, settings, progress)
+    end_of("noise")
+    leakage: list[list[dict[str, Any]]] = [[] for _ in patches]
+    if settings.check_psf:
+        first_draws = [own[0] for own in differences]
+        leakage = _leakages(patches, images, correlations, first_draws, settings.seed)
+    end_of("psf")
+    result = {}
+    for place, (band, patch) in enumerate(zip(fitted, patches, strict=True)):
+        patch.times.update(marks)
+        variance = local_variance(differences[place], images[place], patch.noise)
+        result[band] = assemble(
+            patch, layers[place], variance, differences[place], residuals[place], leakage[place]
+        )
+    return result
+
+
+def _coupled_patches(fitted: Mapping[str, FittedPatch]) -> list[FittedPatch]:
+    """Return the patches of all bands with the latent images and points that coupling gives them."""
     points = coupled([BandLight(patch.data, patch.sets, patch.points.latent) for patch in fitted.values()])
-    patches = [
+    return [
         dataclasses.replace(
             patch,
             points=own,
@@ -140,22 +175,24 @@ def _finished(
         )
         for (band, patch), own in zip(fitted.items(), points, strict=True)
     ]
-    images = [patch.image(patch.points.latent) for patch in patches]
-    for band, image in zip(fitted, images, strict=True):
-        if not np.isfinite(image).all():
-            raise FloatingPointError(f"The restored image of {band} is not finite; please report this patch.")
-    marks = {"couple": time.monotonic() - mark}
-    mark = time.monotonic()
-    layers = [coadd_layers(patch.data, patch.points.latent, patch.observations) for patch in patches]
-    marks["coadd"] = time.monotonic() - mark
-    mark = time.monotonic()
-    correlations = [visit_correlations(p.data, p.points.latent, p.observations) for p in patches]
+
+
+def _draws(
+    patches: Sequence[FittedPatch],
+    images: Sequence[np.ndarray],
+    correlations: Sequence[np.ndarray],
+    settings: RestoreSettings,
+    progress: Progress | None,
+) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
+    """Restore new noise on the models themselves; return, of each band, what changes in all realisations, and
+    the residuals of those to publish.
+    """
+    latents = [patch.points.latent for patch in patches]
     differences: list[list[np.ndarray]] = [[] for _ in patches]
     residuals: list[list[np.ndarray]] = [[] for _ in patches]
     n_draws = max(settings.n_variance_draws, settings.n_noise_realizations)
     for draw in range(n_draws):
         seed = settings.seed + 1000 * (draw + 1)
-        latents = [patch.points.latent for patch in patches]
         again = _restored_draw(patches, latents, seed, correlations)
         for place, (patch, latent) in enumerate(zip(patches, again, strict=True)):
             differences[place].append(patch.image(latent) - images[place])
@@ -166,30 +203,32 @@ def _finished(
                 residuals[place].append(residual)
         if progress is not None:
             progress("noise", draw + 1, n_draws, float(np.std(differences[0][-1])))
-    marks["noise"] = time.monotonic() - mark
-    mark = time.monotonic()
-    leakage: list[list[dict[str, Any]]] = [[] for _ in patches]
-    if settings.check_psf:
-        stars = _common_stars(patches, images, settings.seed)
-        with_stars = [
-            p.points.latent + injected_latent(p.data, own) for p, own in zip(patches, stars, strict=True)
-        ]
-        again = _restored_draw(patches, with_stars, settings.seed + 1000, correlations)
-        leakage = [
-            measure_leakage(patch.image(latent) - (image + first[0]), own, patch.data.sigma)
-            for patch, latent, image, first, own in zip(
-                patches, again, images, differences, stars, strict=True
-            )
-        ]
-    marks["psf"] = time.monotonic() - mark
-    result = {}
-    for place, (band, patch) in enumerate(zip(fitted, patches, strict=True)):
-        patch.times.update(marks)
-        variance = local_variance(differences[place], images[place], patch.noise)
-        result[band] = assemble(
-            patch, layers[place], variance, differences[place], residuals[place], leakage[place]
-        )
-    return result
+    return differences, residuals
+
+
+def _leakages(
+    patches: Sequence[FittedPatch],
+    images: Sequence[np.ndarray],
+    correlations: Sequence[np.ndarray],
+    first_draws: Sequence[np.ndarray],
+    seed: int,
+) -> list[list[dict[str, Any]]]:
+    """Restore the first realisation once more, with stars in it; compare them with the target PSF.
+
+    Nothing is restored where there is no room for a star.
+    """
+    stars = _common_stars(patches, images, seed)
+    if len(stars[0].flux) == 0:
+        return [[] for _ in patches]
+    with_stars = [
+        patch.points.latent + injected_latent(patch.data, own)
+        for patch, own in zip(patches, stars, strict=True)
+    ]
+    again = _restored_draw(patches, with_stars, seed + 1000, correlations)
+    return [
+        measure_leakage(patch.image(latent) - (image + first), own, patch.data.sigma)
+        for patch, latent, image, first, own in zip(patches, again, images, first_draws, stars, strict=True)
+    ]
 
 
 def _seed_of(seed: int, place: int) -> int:
