@@ -18,8 +18,8 @@ import numpy as np
 import scipy.fft
 import scipy.interpolate
 
-MIN_INDEX, MAX_INDEX = 0.5, 4.0
-"""Range of Sérsic indices: from a Gaussian to de Vaucouleurs' law."""
+MIN_INDEX, MAX_INDEX = 0.5, 5.0
+"""Range of Sérsic indices: from a Gaussian to beyond de Vaucouleurs' law."""
 
 _INDICES = np.geomspace(MIN_INDEX, MAX_INDEX, 12)
 _WAVE_NUMBERS = np.concatenate([[0.0], np.geomspace(0.01, 60.0, 160)])

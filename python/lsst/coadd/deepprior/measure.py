@@ -41,6 +41,10 @@ _LEAST_DISTANCE = 0.5
 """Distance in FWHM below which what a fitted source leaves of the data is taken as its own: two templates so
 near to each other share the flux at random."""
 
+_UNSEEN_EXTENT = 1.5
+"""Radius in FWHM of the region in which a source that the restored image does not show may be brighter than
+the noise; of a point with a S/N of 10 it is 1."""
+
 _COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
     "id": (int, None, "Number of the source within its tract, patch and band, from 1, brightest first."),
     "x": (float, u.pix, "Position on the tract's pixel grid, x."),
@@ -295,8 +299,7 @@ def _with_profiles(
     points = [coadd.point(*position) for position in zip(columns["y"], columns["x"], strict=True)]
     seen = np.array([(coadd.weight[p.slices] * p.array**2).sum() > 0.0 for p in points])
     unseen = [template for template, use in zip(templates, seen, strict=True) if not use]
-    # What the model does not show is at most a little wider than the PSF.
-    extent = np.array([coadd.fwhm[coadd.cell(*at)] for at in zip(columns["y"], columns["x"], strict=True)])
+    extent = _UNSEEN_EXTENT * _fwhm_at(columns["y"], columns["x"], coadd)
     extent[: len(pieces)] = [math.sqrt(np.count_nonzero(piece.array) / math.pi) for piece in pieces]
     found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd, extent=extent[seen])
     # A source that the model merged with a galaxy shows only when the galaxy has a profile of its own.
@@ -307,9 +310,7 @@ def _with_profiles(
         more = _columns_of([], late, inputs)
         columns = {name: np.concatenate([values, more[name]]) for name, values in columns.items()}
         seen = np.append(seen, np.ones(len(late), dtype=bool))
-        extent = np.append(
-            extent, [coadd.fwhm[coadd.cell(*at)] for at in zip(more["y"], more["x"], strict=True)]
-        )
+        extent = np.append(extent, _UNSEEN_EXTENT * _fwhm_at(more["y"], more["x"], coadd))
         found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd, found, extent[seen])
     blended = JointFit.of([*templates, *late], coadd).correlation().max(axis=1).toarray().ravel() > BLEND
     # What is two points takes two rows.
@@ -332,6 +333,11 @@ def _with_profiles(
         columns[name][: len(values)] = values
     columns["flag_blended"] = blended[row] | pair
     return columns, [*found.stamps, *unseen], found.sky
+
+
+def _fwhm_at(y: np.ndarray, x: np.ndarray, coadd: Coadd) -> np.ndarray:
+    """Return the FWHM of the coadd PSF at positions in the array of the patch."""
+    return np.array([coadd.fwhm[coadd.cell(*position)] for position in zip(y, x, strict=True)])
 
 
 def _places(y: np.ndarray, x: np.ndarray, fwhm: np.ndarray, inputs: MeasureInputs) -> dict[str, np.ndarray]:
@@ -391,7 +397,7 @@ def _point_and_aperture_fluxes(
     if usable.any():
         fit = JointFit.of([point for point, use in zip(points, usable, strict=True) if use], coadd)
         psf_flux[:, usable] = fit.solution(), fit.errors()
-    scale = np.array([coadd.fwhm[coadd.cell(*position)] for position in zip(y, x, strict=True)])
+    scale = _fwhm_at(y, x, coadd)
     columns = {"psf_flux": psf_flux[0], "psf_flux_err": psf_flux[1], "coadd_fwhm": scale}
 
     excess = {width: _aperture_excess(coadd, width) for width in np.unique(scale)}
