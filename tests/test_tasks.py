@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import astropy.units as u
 import numpy as np
 import pytest
 import yaml
@@ -50,7 +52,7 @@ from lsst.daf.butler import Butler
 from lsst.images import XY, YX
 from lsst.images.cells import CellCoadd, CellGrid
 from lsst.pex.config import FieldValidationError
-from lsst.pipe.base import InMemoryDatasetHandle, NoWorkFound, Struct
+from lsst.pipe.base import ExecutionResources, InMemoryDatasetHandle, NoWorkFound, Struct
 
 
 def handle(warp: Warp, dataset: object = None) -> InMemoryDatasetHandle:
@@ -170,6 +172,32 @@ def test_warps_are_read_again_when_the_job_has_little_memory(warps: list[Warp]) 
     counted = CountingWarps(warps)
     quick_task(steps=0).run(warps=counted, memory_bytes=1e9)
     assert max(counted.reads) == 1
+
+
+@pytest.mark.parametrize(
+    ("max_mem", "expected"),
+    [
+        pytest.param(
+            3 * u.GiB,
+            3 * 2**30,
+            marks=pytest.mark.xfail(
+                strict=True, raises=ValueError, reason="the task asks whether a quantity is true"
+            ),
+        ),
+        (None, None),
+    ],
+)
+def test_a_quantum_says_how_much_memory_and_how_many_cores_there_are(
+    max_mem: u.Quantity | None, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = quick_task()
+    context = mock.MagicMock(resources=ExecutionResources(num_cores=3, max_mem=max_mem))
+    monkeypatch.setattr(task, "run", mock.MagicMock())
+    monkeypatch.setattr(deep_prior_coadd, "read_warps", mock.MagicMock())
+    task.runQuantum(context, mock.MagicMock(), mock.MagicMock())
+    given = task.run.call_args.kwargs
+    assert (given["n_threads"], given["memory_bytes"]) == (3, expected)
+    context.put.assert_called_once()
 
 
 def test_visits_are_given_up_before_the_coadds_are_made(
