@@ -94,6 +94,15 @@ def test_light_inside_is_left_alone() -> None:
     torch.testing.assert_close(placed, latent, rtol=0, atol=0)
 
 
+def test_a_galaxy_beyond_the_border_is_no_star() -> None:
+    """A star two pixels beyond the border would leave more of its light in the data than the pile does."""
+    galaxy = observe(LAYOUT, [], SEEING, seed=4)
+    for visit, sigma in zip(galaxy, SEEING, strict=True):
+        visit.flux[...] += gaussian_stars(LAYOUT.shape, [(-2.0, 30.4, 4e4)], np.hypot(sigma, 2.0))
+    latent, placed = _placed(galaxy)
+    torch.testing.assert_close(placed, latent, rtol=0, atol=0)
+
+
 def test_neighbours_inside_keep_their_light() -> None:
     neighbour = (4.6, 30.2, 1500.0)
     visits = observe(LAYOUT, [(-2.1, 27.3, 3e4), neighbour], SEEING, seed=5)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from toy import observe
 
+from lsst.coadd.deepprior import data_steps as module
 from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
-from lsst.coadd.deepprior.data_steps import data_steps
+from lsst.coadd.deepprior.data_steps import data_steps, regain_flux
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.patch_data import PatchData
 
@@ -52,6 +53,23 @@ def test_the_data_are_not_heard_on_a_source_near_the_noise(data: PatchData, late
     x, y, _ = STARS[1]
     change = light(data, back, x, y) / light(data, taken, x, y) - 1.0
     assert -0.3 < change < 0.5
+
+
+@pytest.mark.parametrize(("snr", "power"), [(20.0, 0.5), (10.0, 0.2), (60.0, 0.9)])
+def test_a_step_is_a_half_at_a_signal_of_20_times_the_noise(
+    snr: float, power: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a flat sky the data have twice what the image has: the step is 2 to the power s^2 / (20^2 + s^2)."""
+    monkeypatch.setattr(module, "_STEPS", 1)
+    visit = observe(LAYOUT, [], [1.6])[0]
+    at = 8 + 25, 8 + 34
+    flat = PatchData([visit], LAYOUT, 0.9, margin=8, huber_delta=1e9, dtype=torch.float64)
+    noise = float(flat.matched_noise()[at])
+    visit.flux[...] = 2.0 * snr * noise
+    flat = PatchData([visit], LAYOUT, 0.9, margin=8, huber_delta=1e9, dtype=torch.float64)
+    latent = torch.full(flat.shape, snr * noise, dtype=torch.float64)
+    moved = regain_flux(flat, flat.sets(), latent)
+    assert float(moved[at] / latent[at]) == pytest.approx(2.0**power, rel=1e-3)
 
 
 def test_light_that_no_source_claims_is_left_out(data: PatchData) -> None:

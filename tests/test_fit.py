@@ -115,6 +115,18 @@ def test_gradient_is_that_of_the_visits_of_the_loss(turn: int) -> None:
     torch.testing.assert_close(bias, expected, rtol=2e-2, atol=2e-4)
 
 
+def test_network_is_told_nothing_where_no_visit_sees() -> None:
+    visits = visits_of()
+    for visit in visits:
+        visit.good[:, visit.good.shape[1] // 2 :] = False
+    data = PatchData(visits, LAYOUT, SIGMA, margin=MARGIN)
+    features = encoder_features(maximum_likelihood(data, data.sets(), steps=30))
+    unseen = ~features.covered[0]
+    assert 0 < int(unseen.sum()) < unseen.numel()
+    assert not bool(features.channels[0, :, unseen].any())
+    assert bool(features.channels[0, :, ~unseen].all(dim=1).any())
+
+
 def test_objective_falls_in_a_fit() -> None:
     data = PatchData(visits_of(), LAYOUT, SIGMA, margin=MARGIN)
     loss = SplitLoss(data, *deal_splits(4, 4, torch.Generator().manual_seed(1)), base_steps=30)

@@ -139,3 +139,17 @@ def test_what_does_not_fit_together_is_refused() -> None:
         Coadd(image, 0.8, image, image[:, 1:], psf)
     with pytest.raises(ValueError, match="PSFs of 2x5 cells do not fit"):
         Coadd(image, 0.8, image, image, np.tile(moffat(), (2, 5, 1, 1)))
+
+
+def test_a_missing_cell_has_the_psf_of_the_nearest_cell() -> None:
+    """Two cells of five are missing, and have other neighbours."""
+    psf = np.stack([widened(factor) for factor in (1.0, 1.3, 0.9, 1.2, 1.4)])[None]
+    seen = psf.copy()
+    seen[0, 1:3] = np.nan
+    coadd = Coadd(np.zeros((20, 100)), 0.8, np.zeros((20, 100)), np.ones((20, 100)), seen)
+    for x, nearest in ((30, 0), (50, 3)):
+        np.testing.assert_array_equal(coadd.psf_at(10, x), psf[0, nearest])
+        image = np.zeros((20, 100))
+        point = coadd.point(10, x)
+        image[point.slices] = point.array
+        np.testing.assert_allclose(image[:, x - 10 : x + 10], psf[0, nearest, 2:22, 2:22], atol=1e-12)

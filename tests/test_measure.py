@@ -16,7 +16,7 @@ from astropy.table import vstack
 
 from lsst.coadd.deepprior.deblend import DetectionSettings
 from lsst.coadd.deepprior.joint_fit import Coadd
-from lsst.coadd.deepprior.measure import MeasureInputs, measure_sources
+from lsst.coadd.deepprior.measure import APERTURES, MeasureInputs, measure_sources
 from lsst.coadd.deepprior.moments import peak_offset
 from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA, gaussian_stamp
 
@@ -308,6 +308,7 @@ def test_flags():
     x = [7.5, 60.0, 95.0, 140.0, 180.0, 210.0]  # the first is between 1 and 2 FWHM from the border
     y = [75.0, 40.0, 110.0, 40.0, 110.0, 10.5]
     saturated[40, 60], clipped[110, 95], prior[36:45, 136:145] = True, True, True
+    prior[110, 94:97] = True  # the smaller part of a core
     inputs = make_inputs(
         shape, (1, 2), x, y, [2e4] * 6, SAT=saturated, CLIPPED=clipped, PRIOR_CARRIED=prior, UNKNOWN=prior
     )
@@ -326,6 +327,30 @@ def test_flags():
         np.testing.assert_array_equal(found[name], np.array(expected, dtype=bool), name)
     whole = found[1:]
     assert np.all(np.abs(whole["flux"] - 2e4) < 4.0 * whole["flux_err"])
+
+
+def test_inner_box_ends_between_pixels():
+    """Pixel centres are whole numbers, so that the box reaches half a pixel beyond the first and the last."""
+    x = [30.0, 60.0, 25.0, 55.0, 9.3, 9.7, 89.3, 89.7]
+    y = [19.3, 19.7, 69.3, 69.7, 35.0, 52.0, 40.0, 58.0]
+    patch = make_inputs((90, 120), (1, 1), x, y, [4e4] * 8)
+    inner = slice(ORIGIN[0] + 20, ORIGIN[0] + 70), slice(ORIGIN[1] + 10, ORIGIN[1] + 90)
+    found = match(measure(dataclasses.replace(patch, inner=inner)), x, y, radius=0.1)
+    assert list(found["is_patch_inner"]) == [False, True, True, False, False, True, True, False]
+
+
+def test_aperture_errors_know_that_noise_is_correlated():
+    """Each pair of neighbouring pixels of an aperture adds twice its correlation to the variance."""
+    inputs = make_inputs((60, 70), (1, 1), [35.0], [30.0], [2e4]).inputs
+    correlation = np.array([[0.0, 0.2, 0.0], [0.3, 1.0, 0.3], [0.0, 0.2, 0.0]])
+    correlated = dataclasses.replace(inputs, coadd=inputs.coadd.correlated(correlation))
+    white, table = (measure_sources(one, pixel_to_sky) for one in (inputs, correlated))
+    for n, radius in enumerate(APERTURES, start=1):
+        y, x = np.mgrid[-20:21, -20:21]
+        inside = np.hypot(y, x) <= radius * white["coadd_fwhm"][0]
+        pairs = 0.2 * (inside[1:] & inside[:-1]).sum() + 0.3 * (inside[:, 1:] & inside[:, :-1]).sum()
+        expected = np.sqrt(1.0 + 2.0 * pairs / inside.sum())
+        assert table[f"ap{n}_flux_err"][0] / white[f"ap{n}_flux_err"][0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_missing_cell():

@@ -15,12 +15,16 @@ import pytest
 import torch
 from toy import gaussian_stars, observe
 
+from lsst.coadd.deepprior import multiband
+from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
 from lsst.coadd.deepprior.colour_picture import choose_bands, draw_colour_picture, in_order
 from lsst.coadd.deepprior.coupling import BandLight, coupled, typical_ratio
 from lsst.coadd.deepprior.fitted_patch import FittedPatch, RestoreSettings, fit_patch
 from lsst.coadd.deepprior.multiband import restore_bands
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.patch_data import PatchData
+from lsst.coadd.deepprior.psf_check import SNRS, InjectedStars
 from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.weights import packaged_network
 
@@ -133,6 +137,57 @@ def test_two_bands_have_no_third_to_ask(with_only: dict[str, FittedPatch]) -> No
     """The own data alone keep the source out: it would be seen at S/N > 20."""
     pair = {name: with_only[name] for name in ("g", "r")}
     assert abs(light_at(together(pair)["g"] - single_image(pair["g"]), ONLY)) < 0.02 * ONLY[2]
+
+
+def test_a_band_keeps_its_source_beside_one_of_another_band() -> None:
+    """The deep band has a star 4 pixels beside that of the shallow one, which the data do not take for it."""
+    layout, common = CellLayout(1, 1, 50, 60), [(15.0, 35.0, 900.0), (45.0, 12.0, 900.0)]
+    lights = []
+    for x, n_visits in ((39.0, 3), (35.0, 10)):
+        seen = observe(
+            layout,
+            [*common, (x, 30.0, 900.0)],
+            list(np.linspace(1.6, 2.0, n_visits)),
+            noise=3.0,
+            seed=n_visits,
+        )
+        data = PatchData(seen, layout, 0.9, margin=12)
+        lights.append(BandLight(data, data.sets(), maximum_likelihood(data, data.sets(), steps=60).latent[0]))
+    own, joint = (
+        inner_smooth(latent, 0.9)[12:-12, 12:-12].numpy()
+        for latent in (lights[0].latent, coupled(lights)[0].latent)
+    )
+    assert light_at(joint, (35.0, 30.0, 0.0), 1.5) < 0.03 * 900.0
+    mine = (39.0, 30.0, 0.0)
+    assert light_at(joint, mine, 1.5) == pytest.approx(light_at(own, mine, 1.5), rel=0.06)
+
+
+def places(alone: dict[str, FittedPatch], bright: float) -> list[InjectedStars]:
+    """Return the stars that are injected when the left half is lit in the i band only, in noises of g."""
+    images = [np.zeros(LAYOUT.shape) for _ in alone]
+    images[list(alone).index("i")][:, :55] = bright * 3.0 / np.sqrt(3.0)
+    return multiband._common_stars(list(alone.values()), images, seed=1)
+
+
+def test_injected_stars_have_the_colours_of_the_patch(alone: dict[str, FittedPatch]) -> None:
+    stars = dict(zip(alone, places(alone, 0.0), strict=True))
+    for name, ratio in (("g", RED), ("i", 1.2)):
+        np.testing.assert_allclose(stars[name].flux / stars["r"].flux, ratio, rtol=0.1)
+    for name, n_visits in (("g", 3), ("r", 10), ("i", 10)):
+        information = np.sum(1.0 / (9.0 * 4.0 * np.pi * np.linspace(1.5, 2.2, n_visits) ** 2))
+        # They are rounded to 0.1.
+        np.testing.assert_allclose(
+            stars[name].snr, stars[name].flux * np.sqrt(information), rtol=0.02, atol=0.06
+        )
+    assert set(stars["g"].snr) == set(SNRS)
+
+
+def test_injected_stars_are_where_all_bands_are_dark(alone: dict[str, FittedPatch]) -> None:
+    """The i band is twice as bright as the g band, whose noise is the measure."""
+    for bright, free in ((1.4, True), (2.8, False)):
+        stars = places(alone, bright)
+        assert bool((stars[0].x < 50.0).any()) == free
+        assert (stars[0].x > 60.0).any()
 
 
 def test_typical_ratio(alone: dict[str, FittedPatch]) -> None:

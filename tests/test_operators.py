@@ -122,6 +122,21 @@ def test_each_cell_has_its_own_kernel() -> None:
             assert float(image.sum()) == pytest.approx(1.0 + i + 10 * j)
 
 
+@pytest.mark.parametrize(("margin", "size", "half"), [(6, 20, 6), (16, 9, 4), (0, 10, 0)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_kernels_cross_over_as_raised_cosines(margin: int, size: int, half: int, axis: int) -> None:
+    """Within the margin of a border, and no further than the middle of a cell."""
+    layout = CellLayout(*((2, 1, size, 7) if axis == 0 else (1, 2, 7, size)))
+    kernels = torch.tensor([1.0, 3.0], dtype=torch.float64).reshape(layout.n_i, layout.n_j, 1, 1)
+    ones = torch.ones(layout.canvas_shape(margin), dtype=torch.float64)
+    image = CellConvolution(kernels, layout, margin).forward(ones)
+    distance = np.arange(2 * (size + margin)) + 0.5 - margin - size
+    with np.errstate(divide="ignore"):
+        expected = 2.0 + np.sin(0.5 * np.pi * np.clip(distance / half, -1.0, 1.0))
+    across = image.numpy() if axis == 0 else image.numpy().T
+    np.testing.assert_allclose(across, np.tile(expected, (across.shape[1], 1)).T, atol=1e-12)
+
+
 def test_select_one_operator_of_a_batch() -> None:
     layout = CellLayout(2, 1, 9, 14)
     kernels = torch.rand(3, 2, 1, 5, 5, generator=torch.Generator().manual_seed(5))

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from toy import gaussian_stars, observe
 
 from lsst.coadd.deepprior.baselines import maximum_likelihood
 from lsst.coadd.deepprior.noise import CoaddLayers, coadd_layers
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.outliers import outlier_table
+from lsst.coadd.deepprior.outliers import find_outliers, outlier_table
 from lsst.coadd.deepprior.patch_data import PatchData
 
 LAYOUT = CellLayout(2, 3, 40, 36)
@@ -36,6 +37,20 @@ def layers_with(extra: dict[int, list[tuple[float, float, float]]]) -> CoaddLaye
 
 def test_quiet_visits_have_no_outlier() -> None:
     assert layers_with({}).outliers == []
+
+
+def test_a_star_that_moved_by_a_tenth_of_a_pixel_is_no_outlier() -> None:
+    """It leaves ten standard deviations beside its peak."""
+    x, y, flux = STARS[0]
+    assert layers_with({2: [(x + 0.1, y, flux), (x, y, -flux)]}).outliers == []
+
+
+def test_what_touches_an_outlier_is_rejected_from_2_5_standard_deviations() -> None:
+    residual = torch.zeros(30, 30)
+    residual[10, 10], residual[10, 11], residual[11, 10], residual[10, 12] = 14.0, 6.0, -4.0, 6.0
+    residual[20, 20] = 6.0
+    outliers = find_outliers(residual, torch.full((30, 30), 2.0), torch.ones(30, 30, dtype=torch.bool))
+    assert outliers.nonzero().tolist() == [[10, 10], [10, 11]]
 
 
 def test_a_transient_is_found_with_its_position_and_flux() -> None:

@@ -27,8 +27,10 @@ MARGIN = 16
 SEEING = [1.6, 1.8, 2.2, 1.7]
 
 
-def _points(visits: list[Observation], steps: int = 40) -> tuple[PatchData, torch.Tensor, PointSources]:
-    data = PatchData(visits, LAYOUT, SIGMA, margin=MARGIN)
+def _points(
+    visits: list[Observation], steps: int = 40, **settings: float
+) -> tuple[PatchData, torch.Tensor, PointSources]:
+    data = PatchData(visits, LAYOUT, SIGMA, margin=MARGIN, **settings)
     sets = data.sets()
     latent = maximum_likelihood(data, sets, steps=steps).latent[0]
     return data, latent, point_sources(data, sets, latent)
@@ -179,6 +181,53 @@ def test_a_faint_neighbour_keeps_its_light() -> None:
     assert points.flux == pytest.approx([5000.0], rel=0.02)
     near = np.s_[37:46, 28:35]
     assert _image(points.latent)[near].sum() == pytest.approx(1000.0, rel=0.25)
+
+
+FIELD = [(17.2, 20.6, 3e4), (50.4, 60.1, 2e4), (20.0, 60.3, 3e4), (52.3, 20.4, 2e4)]
+"""Stars far from each other."""
+
+
+def test_stars_with_more_noise_than_the_sky_are_points() -> None:
+    """The photons of a star make its second moments more uncertain than its flux over the sky suggests."""
+    visits = observe(LAYOUT, FIELD, SEEING, seed=6)
+    rng = np.random.default_rng(7)
+    for visit, sigma in zip(visits, SEEING, strict=True):
+        variance = 30.0 * gaussian_stars(LAYOUT.shape, FIELD, sigma)
+        visit.flux[...] += np.sqrt(variance) * rng.standard_normal(LAYOUT.shape)
+        visit.variance[...] += variance
+    _, _, points = _points(visits, psf_error=0.002)
+    assert len(points.flux) == len(FIELD)
+
+
+def test_a_star_with_something_unresolved_beside_it_is_no_point() -> None:
+    """A faint star 3 pixels away is no peak and changes no second moment, but is left in the data."""
+    visits = observe(LAYOUT, [(25.3, 40.2, 8000.0), (28.3, 40.2, 600.0)], SEEING, seed=6)
+    _, latent, points = _points(visits, steps=60)
+    assert points.n_candidates == 1
+    assert points.latent is latent
+
+
+def test_fluxes_are_those_of_the_psf_where_it_has_no_error() -> None:
+    """No light is left to second moments; the fit of known PSFs, at the same places, has a closed form."""
+    stars = [(x, y, 0.1 * flux) for x, y, flux in FIELD]
+    visits = observe(LAYOUT, stars, SEEING, seed=4)
+    _, _, points = _points(visits, steps=60, psf_error=0.0, huber_delta=1e9)
+    assert len(points.flux) == len(stars)
+    for x, y, flux in zip(points.x - MARGIN, points.y - MARGIN, points.flux, strict=True):
+        unit = [gaussian_stars(LAYOUT.shape, [(x, y, 1.0)], sigma) for sigma in SEEING]
+        information = sum((one**2).sum() for one in unit)
+        fitted = sum((one * visit.flux).sum() for one, visit in zip(unit, visits, strict=True)) / information
+        assert abs(flux - fitted) * np.sqrt(information) < 0.3
+
+
+def test_a_star_takes_back_what_lies_where_no_visit_has_data() -> None:
+    """Beside a cell without a visit; maximum likelihood spreads light there, as far as the seeing."""
+    visits = observe(LAYOUT, [(40.0, 37.0, 2e5)], [2.6, 2.8, 3.0, 2.7], seed=8)
+    for visit in visits:
+        visit.good[40:] = False
+        visit.psf[1] = np.nan
+    _, _, points = _points(visits, steps=60)
+    assert points.flux == pytest.approx([2e5], rel=0.02)
 
 
 def test_nothing_bright_nothing_changed() -> None:

@@ -85,6 +85,19 @@ def test_faint_galaxies_have_the_errors_of_what_is_not_known() -> None:
     assert np.median(found.error) > 1.5 * POINT_ERROR
 
 
+def test_positions_are_those_of_the_joint_solution() -> None:
+    """In data without noise they are the true ones, closer than the steps after which the fit ends."""
+    rng = np.random.default_rng(3)
+    grid = np.mgrid[20:150:28, 20:140:28].reshape(2, -1)
+    y, x = grid + rng.uniform(-0.5, 0.5, grid.shape)
+    stars = [(a, b, 100.0 * POINT_ERROR) for a, b in zip(x, y, strict=True)]
+    shifts = rng.uniform(-0.4, 0.4, grid.shape)
+    found = fit_sources(
+        y + shifts[0], x + shifts[1], [], make_coadd(gaussian_stars((160, 150), stars, SEEING))
+    )
+    np.testing.assert_allclose([found.y, found.x], [y, x], atol=3e-4)
+
+
 def test_close_pairs_know_that_they_are_close() -> None:
     """Fluxes of the members of a pair depend on where they are: errors are larger, and still right."""
     rng = np.random.default_rng(6)

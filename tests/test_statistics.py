@@ -103,9 +103,14 @@ def test_gradient_at_the_linearisation_is_that_of_the_visits(
     statistics = data.linearise(data.sets(members), models)
     gradient = statistics.sets.gram.forward(models) - statistics.matched
     of_prediction = statistics.coverage * statistics.sets.gram.forward(models) - statistics.seen
-    for member, model, *surrogates in zip(members, models, gradient, of_prediction, strict=True):
+    for index, (member, model, *surrogates) in enumerate(
+        zip(members, models, gradient, of_prediction, strict=True)
+    ):
         u = model.to(torch.float64).requires_grad_()
-        (expected,) = torch.autograd.grad(direct_objective(made, member, u, u.detach()), u)
+        objective = direct_objective(made, member, u, u.detach())
+        n_pixels = float(statistics.sets.n_pixels[index])
+        assert float(statistics.objective[index]) == pytest.approx(objective.item() / n_pixels, rel=tolerance)
+        (expected,) = torch.autograd.grad(objective, u)
         for surrogate in surrogates:
             error = (surrogate.to(torch.float64) - expected).norm()
             assert float(error) < tolerance * float(expected.norm())
@@ -407,6 +412,24 @@ def test_weights_and_fractions_of_a_partial_visit(data: PatchData) -> None:
     np.testing.assert_allclose(data.overlap[3, 0], [15 * 6 / 374, 15 * 17 / 374, 15 * 11 / 374])
     np.testing.assert_allclose(data.overlap[3, 1], [18 * 6 / 374, 18 * 17 / 374, 18 * 11 / 374])
     assert np.all(data.good_fraction <= data.overlap)
+
+
+def test_a_pixel_moves_when_a_tenth_of_its_light_has_data() -> None:
+    """A visit of a flat sky has no data within two and within more than five sigma of two pixels."""
+    layout, sigma = CellLayout(1, 2, 60, 60), 2.0
+    visit = observe(layout, [], [sigma])[0]
+    visit.flux[...] = 20.0
+    y, x = np.indices(layout.shape)
+    for x0, radius in ((30, 2.0 * sigma), (90, 5.5 * sigma)):
+        visit.good[np.hypot(y - 30, x - x0) < radius] = False
+    data = PatchData([visit], layout, SIGMA, margin=8, huber_delta=1e9, dtype=torch.float64)
+    latent = torch.full((1, *data.shape), 10.0, dtype=torch.float64)
+    statistics = data.linearise(data.sets(), latent)
+    part, unseen = (0, 38, 38), (0, 38, 98)
+    assert float(statistics.coverage[part]) == pytest.approx(0.12, abs=0.05)
+    moved = maximum_likelihood_step(latent, statistics)
+    assert float(moved[part]) == pytest.approx(20.0)
+    assert float(moved[unseen]) == 10.0
 
 
 def test_lower_median_ignores_a_minority(data: PatchData) -> None:

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import logging
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import astropy.units as u
 import numpy as np
 import pytest
 import yaml
@@ -24,10 +29,12 @@ from quick import quick_task
 
 import lsst.pipe.base.testUtils
 from lsst.coadd.deepprior.cells import make_cell_psf
+from lsst.coadd.deepprior.coadd import make_coadds
 from lsst.coadd.deepprior.deblend import DetectionSettings
 from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.observation_file import ObservationFile
+from lsst.coadd.deepprior.tasks import deep_prior_coadd
 from lsst.coadd.deepprior.tasks.deep_prior_coadd_config import DeepPriorCoaddConfig, DeepPriorCoaddConnections
 from lsst.coadd.deepprior.tasks.measure_deep_prior_coadd import (
     MeasureDeepPriorCoaddConfig,
@@ -39,13 +46,13 @@ from lsst.coadd.deepprior.tasks.plot_deep_prior_coadd import (
     PlotDeepPriorCoaddTask,
     best_visit,
 )
-from lsst.coadd.deepprior.warp_streams import WarpHandles
+from lsst.coadd.deepprior.warp_streams import WarpHandles, WarpObservations
 from lsst.coadd.deepprior.warps import Warp
 from lsst.daf.butler import Butler
 from lsst.images import XY, YX
 from lsst.images.cells import CellCoadd, CellGrid
 from lsst.pex.config import FieldValidationError
-from lsst.pipe.base import InMemoryDatasetHandle, NoWorkFound, Struct
+from lsst.pipe.base import ExecutionResources, InMemoryDatasetHandle, NoWorkFound, Struct
 
 
 def handle(warp: Warp, dataset: object = None) -> InMemoryDatasetHandle:
@@ -156,6 +163,63 @@ def test_warps_are_read_again_only_when_they_do_not_fit(warps: list[Warp], resto
     assert cached.reads == [1] * len(warps)
     assert min(streamed.reads) > 1
     np.testing.assert_array_equal(result.coadd.image.array, restored.coadd.image.array)
+
+
+def test_warps_are_read_again_when_the_job_has_little_memory(warps: list[Warp]) -> None:
+    counted = CountingWarps(warps)
+    quick_task(steps=0).run(warps=counted, memory_bytes=0.0)
+    assert min(counted.reads) > 1
+    counted = CountingWarps(warps)
+    quick_task(steps=0).run(warps=counted, memory_bytes=1e9)
+    assert max(counted.reads) == 1
+
+
+@pytest.mark.parametrize(
+    ("max_mem", "expected"),
+    [
+        pytest.param(
+            3 * u.GiB,
+            3 * 2**30,
+            marks=pytest.mark.xfail(
+                strict=True, raises=ValueError, reason="the task asks whether a quantity is true"
+            ),
+        ),
+        (None, None),
+    ],
+)
+def test_a_quantum_says_how_much_memory_and_how_many_cores_there_are(
+    max_mem: u.Quantity | None, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = quick_task()
+    context = mock.MagicMock(resources=ExecutionResources(num_cores=3, max_mem=max_mem))
+    monkeypatch.setattr(task, "run", mock.MagicMock())
+    monkeypatch.setattr(deep_prior_coadd, "read_warps", mock.MagicMock())
+    task.runQuantum(context, mock.MagicMock(), mock.MagicMock())
+    given = task.run.call_args.kwargs
+    assert (given["n_threads"], given["memory_bytes"]) == (3, expected)
+    context.put.assert_called_once()
+
+
+def test_visits_are_given_up_before_the_coadds_are_made(
+    warps: list[Warp], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: weakref.WeakSet[Observation] = weakref.WeakSet()
+    n_alive = []
+
+    def noted(self: WarpObservations, index: int, observation: Observation) -> None:
+        kept.add(observation)
+        add(self, index, observation)
+
+    def made(*arguments: Any, **settings: Any) -> tuple[CellCoadd, CellCoadd]:
+        gc.collect()
+        n_alive.append(len(kept))
+        return make_coadds(*arguments, **settings)
+
+    add = WarpObservations.add
+    monkeypatch.setattr(WarpObservations, "add", noted)
+    monkeypatch.setattr(deep_prior_coadd, "make_coadds", made)
+    quick_task(steps=0).run(warps=warps)
+    assert n_alive == [0]
 
 
 def test_a_disk_keeps_what_memory_does_not(
