@@ -40,7 +40,7 @@ from ..warp_streams import WarpObservations, cell_layout, default_cache_bytes
 from ..warps import Warp, WarpInfo
 from .deep_prior_coadd_config import DeepPriorCoaddConfig
 from .direct_warp_inputs import read_warps
-from .execution import restore_on_node
+from .execution import memory_of, restore_on_node
 from .geometry import pixel_scale, pixel_to_sky
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class DeepPriorCoaddTask(PipelineTask):
             warps=read_warps(butlerQC, inputRefs, self.config, self.log),
             network=network,
             n_threads=butlerQC.resources.num_cores,
-            memory_bytes=butlerQC.resources.max_mem.to_value("byte") if butlerQC.resources.max_mem else None,
+            memory_bytes=memory_of(butlerQC.resources),
             checkpoint=checkpoint,
         )
         if self.config.psf_mode != "known":

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("open_checkpoint", "refined_observations", "restore_on_node", "run_on_node")
+__all__ = ("memory_of", "open_checkpoint", "refined_observations", "restore_on_node", "run_on_node")
 
 import dataclasses
 import logging
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsst.coadd.deepprior import __version__
+from lsst.pipe.base import ExecutionResources
 
 from ..devices import choose_device, visible_gpus
 from ..fit_checkpoint import FitCheckpoint, inputs_digest
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
     from ..restore import Restoration
     from ..weights import TrainedNetwork
     from .deep_prior_coadd_config import DeepPriorCoaddConfig
+
+
+def memory_of(resources: ExecutionResources) -> float | None:
+    """Return the memory in bytes that a quantum may take, `None` if nothing is said of it."""
+    return None if resources.max_mem is None else float(resources.max_mem.to_value("byte"))
 
 
 def restore_on_node(

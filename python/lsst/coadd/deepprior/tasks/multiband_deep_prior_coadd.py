@@ -39,7 +39,7 @@ from ..warps import Warp
 from .deep_prior_coadd import BandInputs, DeepPriorCoaddTask, visit_psf_refs
 from .deep_prior_coadd_config import DeepPriorCoaddConfig, DeepPriorCoaddConnections
 from .direct_warp_inputs import read_warps
-from .execution import open_checkpoint, refined_observations, run_on_node
+from .execution import memory_of, open_checkpoint, refined_observations, run_on_node
 
 if TYPE_CHECKING:
     from ..batches import Batches
@@ -118,7 +118,7 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
             warps=warps,
             network=network,
             n_threads=butlerQC.resources.num_cores,
-            memory_bytes=butlerQC.resources.max_mem.to_value("byte") if butlerQC.resources.max_mem else None,
+            memory_bytes=memory_of(butlerQC.resources),
             checkpoints=checkpoints,
         )
         results = outputs.bands
