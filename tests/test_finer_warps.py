@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick
 from matplotlib.figure import Figure
 
 import lsst.pipe.base.testUtils
@@ -49,15 +50,7 @@ from lsst.images.cells import CellCoadd
 from lsst.pex.config import FieldValidationError
 from lsst.pipe.base import Struct
 
-QUICK = {
-    "init": "scratch",
-    "base_steps": 20,
-    "steps": 2,
-    "n_splits": 2,
-    "n_variance_draws": 1,
-    "check_psf": False,
-    "device": "cpu",
-}
+QUICK = quick.QUICK | {"check_psf": False}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
