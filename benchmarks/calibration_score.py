@@ -32,14 +32,15 @@ from sky import Sky
 from lsst.coadd.deepprior.deblend import DetectionSettings
 from lsst.coadd.deepprior.evaluate import Detections, match
 from lsst.coadd.deepprior.fitted_patch import RestoreSettings
-from lsst.coadd.deepprior.joint_fit import Coadd, Stamp
 from lsst.coadd.deepprior.measure import MeasureInputs, measure_sources
 from lsst.coadd.deepprior.moments import adaptive_moments
 from lsst.coadd.deepprior.noise_correlation import noise_correlation
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.plain_coadd import Coadd
 from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA
 from lsst.coadd.deepprior.restore import restore
+from lsst.coadd.deepprior.stamps import Stamp
 from lsst.coadd.deepprior.truth import AB_ZERO_POINT, GALSIM, galaxy_profile
 from lsst.coadd.deepprior.weights import packaged_network
 
@@ -137,7 +138,7 @@ def catalogue_of(products: Products, start: tuple[int, int]) -> tuple[Table, Coa
     -------
     sources : `astropy.table.Table`
         The catalogue.
-    plain : `~lsst.coadd.deepprior.joint_fit.Coadd`
+    plain : `~lsst.coadd.deepprior.plain_coadd.Coadd`
         The plain coadd, with the correlation of its noise.
     """
     plain = Coadd(
@@ -191,7 +192,7 @@ def score_sources(scene: BenchScene, sky: Sky, sources: Table, plain: Coadd) -> 
         What its coadd shows.
     sources : `astropy.table.Table`
         The catalogue.
-    plain : `~lsst.coadd.deepprior.joint_fit.Coadd`
+    plain : `~lsst.coadd.deepprior.plain_coadd.Coadd`
         The plain coadd.
 
     Returns

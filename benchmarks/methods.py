@@ -146,8 +146,8 @@ def _restore(scene: Any, settings: Sequence[str], *, pretrained: bool) -> Output
     from scenes import TARGET_SIGMA
 
     from lsst.coadd.deepprior.fitted_patch import RestoreSettings
-    from lsst.coadd.deepprior.joint_fit import Coadd
     from lsst.coadd.deepprior.measure import MeasureInputs, measure_sources
+    from lsst.coadd.deepprior.plain_coadd import Coadd
     from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA
     from lsst.coadd.deepprior.restore import restore
 

@@ -12,9 +12,10 @@ import scipy.signal
 
 from lsst.coadd.deepprior.confusion import confusion_error, unseen_light
 from lsst.coadd.deepprior.galaxy_profiles import GalaxyShape, galaxy_stamp
-from lsst.coadd.deepprior.joint_fit import Coadd, Stamp, render
+from lsst.coadd.deepprior.plain_coadd import Coadd
 from lsst.coadd.deepprior.psf import gaussian_stamp, shift_stamp
 from lsst.coadd.deepprior.source_fit import fit_sources
+from lsst.coadd.deepprior.stamps import Stamp, render
 
 SHAPE = (330, 480)
 SIGMA = 1.7

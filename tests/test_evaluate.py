@@ -19,7 +19,7 @@ from lsst.coadd.deepprior.evaluate import (
     pool,
     split_pairs,
 )
-from lsst.coadd.deepprior.joint_fit import Coadd
+from lsst.coadd.deepprior.plain_coadd import Coadd
 from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA, gaussian_stamp
 from lsst.coadd.deepprior.truth import render
 from lsst.images import Box

@@ -27,8 +27,8 @@ from lsst.coadd.deepprior.finer_warps import (
     finer_warp,
     normal_skymap,
 )
-from lsst.coadd.deepprior.joint_fit import Coadd
 from lsst.coadd.deepprior.noise_correlation import noise_correlation
+from lsst.coadd.deepprior.plain_coadd import Coadd
 from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp
 from lsst.coadd.deepprior.resampling import Resampling
 from lsst.coadd.deepprior.tasks.finer_deep_prior_coadd import (

@@ -10,8 +10,10 @@ import pytest
 import scipy.signal
 
 from lsst.coadd.deepprior import joint_fit
-from lsst.coadd.deepprior.joint_fit import Coadd, JointFit, Stamp, slope
+from lsst.coadd.deepprior.joint_fit import JointFit
+from lsst.coadd.deepprior.plain_coadd import Coadd
 from lsst.coadd.deepprior.psf import gaussian_stamp
+from lsst.coadd.deepprior.stamps import Stamp, slope
 
 SHAPE = (60, 84)
 

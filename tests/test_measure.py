@@ -15,9 +15,9 @@ import pytest
 from astropy.table import vstack
 
 from lsst.coadd.deepprior.deblend import DetectionSettings
-from lsst.coadd.deepprior.joint_fit import Coadd
 from lsst.coadd.deepprior.measure import APERTURES, MeasureInputs, measure_sources
 from lsst.coadd.deepprior.moments import peak_offset
+from lsst.coadd.deepprior.plain_coadd import Coadd
 from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA, gaussian_stamp
 
 TARGET = 0.9  # sigma of the target PSF, pixels

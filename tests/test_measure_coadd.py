@@ -14,8 +14,8 @@ from toy import gaussian_stars
 
 from lsst.coadd.deepprior.cells import make_cell_psf
 from lsst.coadd.deepprior.coadd import MASK_SCHEMA
-from lsst.coadd.deepprior.joint_fit import Coadd
 from lsst.coadd.deepprior.measure_coadd import make_measure_coadd
+from lsst.coadd.deepprior.plain_coadd import Coadd
 from lsst.coadd.deepprior.psf import gaussian_stamp
 from lsst.coadd.deepprior.simulate import Scene
 from lsst.images import YX, Box, Image, Mask

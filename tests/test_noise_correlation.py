@@ -13,7 +13,7 @@ import torch
 from toy import observe
 
 from lsst.coadd.deepprior.finer import OVERSAMPLINGS, finer_layout, finer_observation
-from lsst.coadd.deepprior.joint_fit import Coadd, JointFit
+from lsst.coadd.deepprior.joint_fit import JointFit
 from lsst.coadd.deepprior.noise import NoisyModel
 from lsst.coadd.deepprior.noise_correlation import (
     REACH,
@@ -23,6 +23,7 @@ from lsst.coadd.deepprior.noise_correlation import (
 )
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.patch_data import PatchData
+from lsst.coadd.deepprior.plain_coadd import Coadd
 from lsst.coadd.deepprior.psf import gaussian_stamp
 from lsst.coadd.deepprior.resampling import Resampling
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy import gaussian_stars
 
-from lsst.coadd.deepprior.joint_fit import Coadd
+from lsst.coadd.deepprior.plain_coadd import Coadd
 from lsst.coadd.deepprior.prior_carried import prior_carried
 from lsst.coadd.deepprior.psf import gaussian_stamp
 

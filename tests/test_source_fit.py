@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from toy import gaussian_stars
 
-from lsst.coadd.deepprior.joint_fit import Coadd, Stamp
+from lsst.coadd.deepprior.plain_coadd import Coadd
 from lsst.coadd.deepprior.psf import gaussian_stamp
 from lsst.coadd.deepprior.source_fit import SYSTEMATIC_FLOOR, SourceFit, fit_sources
+from lsst.coadd.deepprior.stamps import Stamp
 
 SHAPE, SEEING = (320, 290), 2.0
 POINT_ERROR = np.sqrt(4.0 * np.pi) * SEEING

@@ -24,7 +24,7 @@ import math
 import numpy as np
 import scipy.ndimage
 
-from .joint_fit import Coadd
+from .plain_coadd import Coadd
 from .psf import convolve_full
 
 _BLANK = 2.0
@@ -48,7 +48,7 @@ def unseen_light(left: np.ndarray, y: np.ndarray, x: np.ndarray, coadd: Coadd) -
         Data minus all sources and the sky, in nJy.
     y, x : `numpy.ndarray`, (source,)
         Positions of the sources in the array of the patch.
-    coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
+    coadd : `~lsst.coadd.deepprior.plain_coadd.Coadd`
         Data and noise.
 
     Returns

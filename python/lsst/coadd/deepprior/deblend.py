@@ -16,8 +16,10 @@ import numpy as np
 import scipy.ndimage
 import scipy.sparse
 
-from .joint_fit import Coadd, JointFit, Stamp, sum_stamps
+from .joint_fit import JointFit
+from .plain_coadd import Coadd
 from .psf import gaussian_stamp
+from .stamps import Stamp, sum_stamps
 
 BLEND = 0.05
 """Two sources are blended when the correlation of their templates exceeds this."""
@@ -53,16 +55,16 @@ def detect_sources(
         Its standard deviation in nJy, 0 where it is not known.
     sigma : `float`
         Sigma in pixels of its Gaussian PSF.
-    coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
+    coadd : `~lsst.coadd.deepprior.plain_coadd.Coadd`
         Data and noise that decide what is a source.
     settings : `DetectionSettings`
         Thresholds.
 
     Returns
     -------
-    pieces : `list` [`~lsst.coadd.deepprior.joint_fit.Stamp`]
+    pieces : `list` [`~lsst.coadd.deepprior.stamps.Stamp`]
         The part of the model that belongs to each source, in nJy.
-    templates : `list` [`~lsst.coadd.deepprior.joint_fit.Stamp`]
+    templates : `list` [`~lsst.coadd.deepprior.stamps.Stamp`]
         The pieces carried to the coadd PSF, for unit flux.
     """
     unit = gaussian_stamp(sigma).max() / np.sqrt(np.maximum(coadd.information, 1e-30))

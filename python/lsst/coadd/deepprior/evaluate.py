@@ -33,8 +33,8 @@ from astropy.table import Table
 
 from lsst.images import Box
 
-from .joint_fit import Coadd
 from .moments import peak_offset
+from .plain_coadd import Coadd
 from .psf import FWHM_PER_SIGMA, fit_star, gaussian_stamp
 from .truth import GALSIM, add_object, galaxy_profile
 
@@ -113,7 +113,7 @@ def coadd_detections(coadd: Coadd, origin: tuple[int, int]) -> Detections:
 
     Parameters
     ----------
-    coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
+    coadd : `~lsst.coadd.deepprior.plain_coadd.Coadd`
         The plain coadd.
     origin : `tuple` [`int`, `int`]
         Tract pixel (y, x) of its first element.
@@ -277,7 +277,7 @@ def evaluate(
 
     Parameters
     ----------
-    coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
+    coadd : `~lsst.coadd.deepprior.plain_coadd.Coadd`
         The plain coadd.
     model : `numpy.ndarray`, (y, x)
         Restored image in nJy.

@@ -15,7 +15,8 @@ import math
 import numpy as np
 
 from .galaxy_profiles import MAX_INDEX, MIN_INDEX, GalaxyShape, galaxy_stamp
-from .joint_fit import Coadd, Stamp, slope
+from .plain_coadd import Coadd
+from .stamps import Stamp, slope
 
 MAX_WIDTH = 1.0
 """Largest sigma, in units of the FWHM of the coadd PSF, of sources whose width is fitted."""

@@ -30,9 +30,11 @@ from astropy import units as u
 from astropy.table import Column, Table
 
 from .deblend import BLEND, DetectionSettings, detect_sources, significance
-from .joint_fit import Coadd, JointFit, Stamp, render, slope
+from .joint_fit import JointFit
 from .moments import adaptive_moments, centroid, peak_offset
+from .plain_coadd import Coadd
 from .source_fit import SYSTEMATIC_FLOOR, fit_sources
+from .stamps import Stamp, render, slope
 
 APERTURES = (1.0, 1.5, 2.5)
 """Radii of the aperture fluxes, in units of the FWHM of the coadd PSF at the source."""
@@ -129,7 +131,7 @@ class MeasureInputs:
         Its variance in nJy^2, NaN where it is not known.
     target_sigma : `float`
         Sigma in pixels of the Gaussian PSF of ``model``.
-    coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
+    coadd : `~lsst.coadd.deepprior.plain_coadd.Coadd`
         The plain coadd, made of ``model`` and the residual.
     planes : `~collections.abc.Mapping` [`str`, `numpy.ndarray`]
         Mask planes, (y, x) bool, by name; ``SAT``, ``CLIPPED`` and ``PRIOR_CARRIED`` become flags.

@@ -14,7 +14,7 @@ import numpy as np
 from lsst.images import Image
 from lsst.images.cells import CellCoadd
 
-from .joint_fit import Coadd
+from .plain_coadd import Coadd
 
 _MATTERS = 3.0
 """Significance of the residual under the PSF from which its own, wider PSF matters."""
@@ -32,7 +32,7 @@ def make_measure_coadd(coadd: CellCoadd, residual: CellCoadd, plain: Coadd) -> C
         The restored image.
     residual : `lsst.images.cells.CellCoadd`
         Coadd of data minus model of the same patch.
-    plain : `~lsst.coadd.deepprior.joint_fit.Coadd`
+    plain : `~lsst.coadd.deepprior.plain_coadd.Coadd`
         The plain coadd of the same patch.
 
     Returns

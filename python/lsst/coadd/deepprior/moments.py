@@ -14,7 +14,7 @@ import math
 import numpy as np
 import scipy.ndimage
 
-from .joint_fit import Stamp
+from .stamps import Stamp
 
 
 def peak_offset(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +49,7 @@ def centroid(stamp: Stamp) -> tuple[float, float]:
 
     Parameters
     ----------
-    stamp : `~lsst.coadd.deepprior.joint_fit.Stamp`
+    stamp : `~lsst.coadd.deepprior.stamps.Stamp`
         A piece of the patch.
 
     Returns
@@ -66,7 +66,7 @@ def adaptive_moments(piece: Stamp, sigma: float) -> np.ndarray:
 
     Parameters
     ----------
-    piece : `~lsst.coadd.deepprior.joint_fit.Stamp`
+    piece : `~lsst.coadd.deepprior.stamps.Stamp`
         The piece.
     sigma : `float`
         Sigma in pixels of its Gaussian PSF.

@@ -17,7 +17,8 @@ import numpy as np
 import scipy.optimize
 
 from .galaxy_profiles import GalaxyShape
-from .joint_fit import Coadd, Stamp, render, slope
+from .plain_coadd import Coadd
+from .stamps import Stamp, render, slope
 
 _CLEARLY = 25.0
 """How much less the chi-square of two points must be than that of a galaxy, whose profile has one parameter
@@ -73,11 +74,11 @@ def fit_pair(
         Data in the box of the galaxy without sky and all other sources, in nJy.
     left : `numpy.ndarray`, (y, x)
         The same without the galaxy.
-    galaxy : `~lsst.coadd.deepprior.joint_fit.Stamp`
+    galaxy : `~lsst.coadd.deepprior.stamps.Stamp`
         The galaxy as it was fitted, of unit flux.
     shape : `~lsst.coadd.deepprior.galaxy_profiles.GalaxyShape`
         Its shape, along which the points are looked for.
-    coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
+    coadd : `~lsst.coadd.deepprior.plain_coadd.Coadd`
         Noise and PSF.
 
     Returns

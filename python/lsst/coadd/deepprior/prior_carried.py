@@ -11,7 +11,7 @@ __all__ = ("prior_carried",)
 
 import numpy as np
 
-from .joint_fit import Coadd
+from .plain_coadd import Coadd
 
 _LOST = 1.25
 """Significance of the residual under the PSF from which the image may lack light. It is low, since the prior
@@ -55,7 +55,7 @@ def prior_carried(
         Coadd of data minus model in nJy.
     n_good : `numpy.ndarray`, (y, x)
         Number of visits with a good pixel.
-    coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
+    coadd : `~lsst.coadd.deepprior.plain_coadd.Coadd`
         The plain coadd.
 
     Returns

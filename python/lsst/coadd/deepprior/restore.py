@@ -27,13 +27,13 @@ import torch
 from .batches import Batches
 from .finer import block_correlation
 from .fitted_patch import FittedPatch, Progress, RestoreSettings, fit_patch
-from .joint_fit import Coadd
 from .noise import CoaddLayers, coadd_layers, local_variance
 from .noise_correlation import visit_correlations
 from .observation import Observation
 from .operators import CellLayout
 from .outliers import Outlier
 from .parallel import give_freed_memory_back
+from .plain_coadd import Coadd
 from .prior_carried import prior_carried
 from .psf import FWHM_PER_SIGMA, gaussian_stamp
 from .psf_check import injected_latent, measure_leakage, place_stars

@@ -20,9 +20,11 @@ import scipy.sparse
 from .confusion import confusion_error, unseen_light
 from .fitted_source import MAX_WIDTH, POSITION_STEP, Source
 from .galaxy_profiles import GalaxyShape
-from .joint_fit import Coadd, JointFit, Stamp, normal_equations, render, slope
+from .joint_fit import JointFit, normal_equations
 from .pairs import fit_pair
+from .plain_coadd import Coadd
 from .psf import FWHM_PER_SIGMA
+from .stamps import Stamp, render, slope
 
 SYSTEMATIC_FLOOR = 0.005
 """Relative error of fluxes from the flux scale and the PSF models, which no simulation of ours has: half of
@@ -83,7 +85,7 @@ class SourceFit:
         Whether the source is wider than the PSF.
     parent : `numpy.ndarray`, int
         Index of the position that was given; those of pairs occur twice.
-    stamps : `list` [`~lsst.coadd.deepprior.joint_fit.Stamp`]
+    stamps : `list` [`~lsst.coadd.deepprior.stamps.Stamp`]
         The sources as they were fitted, of unit flux.
     states : `list`
         Their parameters, for a fit that goes on from this one.
@@ -137,10 +139,10 @@ def fit_sources(
     ----------
     y, x : `numpy.ndarray`, (source,)
         Positions to start from, in the array of the patch.
-    others : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.joint_fit.Stamp`]
+    others : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.stamps.Stamp`]
         Sources without data under their PSF, as they are, of unit flux; only their fluxes are fitted, behind
         those of the others, and not returned.
-    coadd : `~lsst.coadd.deepprior.joint_fit.Coadd`
+    coadd : `~lsst.coadd.deepprior.plain_coadd.Coadd`
         Data and noise.
     known : `SourceFit`, optional
         Fit of the first of the positions. What shares light with none of the others goes on from there.

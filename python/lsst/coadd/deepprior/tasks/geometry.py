@@ -16,8 +16,9 @@ import numpy as np
 from lsst.images import XY, Box, SkyProjection
 from lsst.images.cells import CellCoadd
 
-from ..joint_fit import Coadd, Stamp
+from ..plain_coadd import Coadd
 from ..psf import FWHM_PER_SIGMA, fwhm
+from ..stamps import Stamp
 
 _SKY = 0.2
 """Restored surface brightness, in units of the noise of the coadd, above which a pixel is no sky."""
@@ -105,7 +106,7 @@ def plain_coadd(coadd: CellCoadd, residual: CellCoadd) -> tuple[Coadd, float]:
 
     Returns
     -------
-    plain : `~lsst.coadd.deepprior.joint_fit.Coadd`
+    plain : `~lsst.coadd.deepprior.plain_coadd.Coadd`
         The plain coadd.
     target_sigma : `float`
         Sigma in pixels of the PSF of the restored image.

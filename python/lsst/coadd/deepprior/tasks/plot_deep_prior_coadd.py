@@ -29,7 +29,7 @@ from lsst.pipe.base import (
 from lsst.pipe.base.connectionTypes import Input, Output
 
 from ..direct_warps import PatchGeometry, warp_from_exposure
-from ..joint_fit import Coadd
+from ..plain_coadd import Coadd
 from ..psf import fwhm
 from ..warp_streams import WarpHandles
 from ..warps import Warp
