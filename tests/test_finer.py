@@ -74,7 +74,9 @@ def finer(visits: list[Observation], oversampling: int) -> list[Observation]:
         ("moffat", 1.5, 5e-3),
         ("kolmogorov", 3.0, 1e-3),
         ("kolmogorov", 2.0, 4e-3),
+        ("kolmogorov", 1.5, 5e-3),
         ("gaussian", 2.0, 1e-3),
+        ("gaussian", 1.5, 1e-3),
     ],
 )
 def test_finer_psf_is_the_psf_at_fine_pixels(kind: str, fwhm: float, error: float, oversampling: int) -> None:

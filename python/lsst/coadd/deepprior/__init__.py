@@ -3,7 +3,7 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-"""Restored coadds of Rubin warps, with a neural prior that is fitted to the visits themselves.
+"""Restored coadds of Rubin warps, with a neural prior that learns to predict visits from other visits.
 
 The modules are imported one by one (``lsst.coadd.deepprior.warps`` ...); this one stays light, since graph
 building imports it.

@@ -26,7 +26,8 @@ would be if it had the structure of the others, and it is mixed with the own res
           w = \frac{\sum_o D_o}{D_b + \sum_o D_o}\, \frac{1}{1 + (m / m_0)^4},
 
 where D are the inverse variances and m is the significance of what :math:`\bar\rho\, g_b` leaves of the data
-of band b. In the end the significant sources get the flux that their own data have
+of band b; where only a part of the light has data, w is multiplied with that part. In the end the significant
+sources get the flux that their own data have
 (`~lsst.coadd.deepprior.data_steps.regain_flux`), and points are fitted to them anew.
 
 A source that only another band has is suppressed twice: no third band confirms it, and the own data make its

@@ -55,7 +55,7 @@ _COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
     "y_err": (float, u.pix, "Standard error of y from the noise of the data."),
     "ra": (float, u.deg, "Right ascension (ICRS)."),
     "dec": (float, u.deg, "Declination (ICRS)."),
-    "flux": (float, u.nJy, "Total flux: joint fit of points, discs and Sérsic galaxies to the data."),
+    "flux": (float, u.nJy, "Total flux: joint fit of points, round and elliptical galaxies to the data."),
     "flux_err": (
         float,
         u.nJy,
@@ -200,7 +200,7 @@ def measure_sources(
     leaves: a source that the restored image merged with a galaxy shows when the galaxy has a profile of its
     own.
 
-    *Flux.* All sources are fitted to ``D`` together, as points, discs or galaxies (see
+    *Flux.* All sources are fitted to ``D`` together, as points, round or elliptical galaxies (see
     `~lsst.coadd.deepprior.source_fit.fit_sources`), whose pixels have, as those of ``D``, the PSF of the cell
     that they are in. The restored image only says where they are: a template
     from it would hold some of the noise that it is fitted to. What two points fit better than a galaxy takes

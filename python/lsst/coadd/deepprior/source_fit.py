@@ -3,7 +3,7 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-"""Fluxes and positions of the sources of a patch: one fit of points, discs and galaxies to the data."""
+"""Fluxes and positions of the sources of a patch: one fit of points and galaxies to the data."""
 
 from __future__ import annotations
 

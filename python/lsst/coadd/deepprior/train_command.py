@@ -87,8 +87,8 @@ def show_progress() -> Iterator[Report]:
     "--target-fwhm",
     type=click.FloatRange(min=SAMPLED_FWHM),
     metavar="PIXELS",
-    help="FWHM of the PSF of the restored images, half the median seeing of each patch by default; give what "
-    "the restoration will be configured with.",
+    help="FWHM of the PSF of the restored images, by default what the restoration chooses for each patch; "
+    "give what it will be configured with.",
 )
 @click.option(
     "--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute."

@@ -155,7 +155,7 @@ def butler_data(
     collection : `str`
         The collection.
     target_fwhm : `float` or `None`
-        FWHM of the target PSF in pixels; `None` is half the median seeing of each patch.
+        FWHM of the target PSF in pixels; `None` is what the restoration chooses for each patch.
     progress : `~collections.abc.Callable`
         Called with the name of the phase, the number of patches done and the number of patches.
 
@@ -217,7 +217,7 @@ def file_data(files: Sequence[Path], target_fwhm: float | None, progress: Progre
     files : `~collections.abc.Sequence` [`~pathlib.Path`]
         Warp files. They are put into a temporary repository, which checks that they fit together.
     target_fwhm : `float` or `None`
-        FWHM of the target PSF in pixels; `None` is half the median seeing of each patch.
+        FWHM of the target PSF in pixels; `None` is what the restoration chooses for each patch.
     progress : `~collections.abc.Callable`
         Called with the name of the phase, and how many of how many files or patches are done.
 
