@@ -192,7 +192,7 @@ def test_requests_name_the_command_that_makes_them_again(tmp_path: Path) -> None
 
 
 def test_bad_questions(tmp_path: Path) -> None:
-    for text in ("", "g=", "g=0", "r=1=2", "g=3,,r=4", "few", "g=3,5", "3,5"):
+    for text in ("", "=3", "g=", "g=0", "r=1=2", "g=3,,r=4", "few", "g=3,5", "3,5"):
         result = run("--visits", text)
         assert result.exit_code == 2
         assert "neither a number of visits nor a list like g=8,r=18" in result.output

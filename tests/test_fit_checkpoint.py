@@ -25,7 +25,12 @@ import torch
 from toy import observe
 
 from lsst.coadd.deepprior.checkpoint import CheckpointError
-from lsst.coadd.deepprior.fit_checkpoint import FitCheckpoint, checkpoint_file, inputs_digest
+from lsst.coadd.deepprior.fit_checkpoint import (
+    FitCheckpoint,
+    checkpoint_file,
+    inputs_digest,
+    remove_checkpoint,
+)
 from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
@@ -218,6 +223,18 @@ def test_failed_write_keeps_the_old_file(
     assert "cannot be written" in caplog.text
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger(__name__)
+    (tmp_path / "fit").touch()
+    remove_checkpoint(tmp_path / "fit", log)
+    remove_checkpoint(tmp_path / "fit", log)
+    assert list(tmp_path.iterdir()) == []
+    assert not caplog.records
+    remove_checkpoint(tmp_path, log)  # a directory cannot be unlinked, whoever runs the test
+    assert "cannot be removed" in caplog.text
+    assert str(tmp_path) in caplog.text
 
 
 def test_file_of_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:

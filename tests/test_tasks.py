@@ -112,6 +112,23 @@ def test_config_refuses_two_target_psfs() -> None:
         config.target_fwhm_pixels = 1.0
 
 
+@pytest.mark.parametrize("field", ["init", "psf_mode", "device", "warp_form"])
+def test_config_refuses_no_choice(field: str) -> None:
+    config = DeepPriorCoaddConfig()
+    setattr(config, field, None)
+    with pytest.raises(ValueError, match=f"(?s)'{field}' failed validation.*None"):
+        config.validate()
+
+
+def test_config_refuses_letters_as_mask_planes() -> None:
+    config = DeepPriorCoaddConfig()
+    config.bad_mask_planes = []
+    config.validate()
+    config.bad_mask_planes = "SAT"  # as -c deepPriorCoadd:bad_mask_planes=SAT does
+    with pytest.raises(ValueError, match="letters and not names"):
+        config.validate()
+
+
 def test_config_refuses_a_negative_seed() -> None:
     DeepPriorCoaddConfig(seed=0).validate()
     with pytest.raises(FieldValidationError):

@@ -351,7 +351,7 @@ def test_train_refusals(repo: Path, warp_files: list[Path], tmp_path: Path) -> N
     for arguments, message in (
         ([tmp_path / "none.fits"], "none.fits: there is no such file"),
         ([tmp_path / "text.fits"], "text.fits: it is not a complete FITS file"),
-        (["--repo", tmp_path], "cannot be read"),
+        (["--repo", tmp_path], f"{tmp_path} cannot be opened as a Butler repository"),
         (["--repo", repo, "--collection", "nothing"], "The collection nothing of"),
         (["--repo", repo, "--collection", "deepprior/*"], "deepprior/* is no name of a collection"),
         (

@@ -120,7 +120,7 @@ def read_checkpoint(
     expected = json.loads(json.dumps(facts))
     for name in sorted(expected.keys() | stored.keys()):
         if stored.get(name) != expected.get(name):
-            difference = f"{stored.get(name)}, and not {expected.get(name)}"
+            difference = "{}, and not {}".format(*_unlike(stored.get(name), expected.get(name)))
             raise CheckpointError(f"{path} belongs to {owner} with {name} = {difference}. {advice}")
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -128,6 +128,16 @@ def read_checkpoint(
                 f"{path} is of {owner} that diverged: {name} is not finite. {advice}"
             )
     return state
+
+
+def _unlike(one: Any, other: Any) -> tuple[Any, Any]:
+    """Return what differs between two facts: of dictionaries the entries."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one, other
+    missing = object()
+    names = [name for name in one | other if one.get(name, missing) != other.get(name, missing)]
+    first, second = ({name: fact[name] for name in names if name in fact} for fact in (one, other))
+    return first, second
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -19,13 +19,12 @@ import click
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
-from lsst.daf.butler import Butler
-
 from . import __version__
 from .estimate_command import estimate_command
 from .finer_skymap_dataset import DEFAULT_FINER_SKYMAP_RUN, register_finer_skymap
 from .ingest import DEFAULT_RUN, DEFAULT_SKYMAP, IngestError, ingest_warp_files
 from .progress import counted
+from .repositories import check_run_name, open_repository
 from .simulate import SceneConfig, write_scene
 from .train_command import ingest_network_command, train_command
 from .truth import BANDS
@@ -80,15 +79,17 @@ main.add_command(ingest_network_command)
 
 
 @main.command()
-@click.argument("repo", type=click.Path(path_type=Path))
+@click.argument("repo")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
 @click.option("--run", default=DEFAULT_RUN, help="Collection to write the warps to.")
 @click.option("--skymap", default=DEFAULT_SKYMAP, help="Skymap of the files that name none.")
-def ingest(repo: Path, files: tuple[Path, ...], run: str, skymap: str) -> None:
+def ingest(repo: str, files: tuple[Path, ...], run: str, skymap: str) -> None:
     """Ingest warp FILEs into the Butler repository REPO.
 
     The repository and all of its dimension records are made if absent.  All files are checked first; if one
     of them is refused, nothing is written.  Files that are in the collection already are skipped.
+
+    A REPO that is named by a URI or an alias, and not by a path, must be there.
     """
     try:
         with _progress() as report:
@@ -102,18 +103,19 @@ def ingest(repo: Path, files: tuple[Path, ...], run: str, skymap: str) -> None:
 
 
 @main.command()
-@click.argument("repo", type=click.Path(exists=True, path_type=Path))
+@click.argument("repo")
 @click.option("--skymap", default=DEFAULT_SKYMAP, help="Skymap of the warps.")
 @click.option("--oversampling", default="2", type=click.Choice(["2", "3"]), help="How many times finer.")
 @click.option("--run", default=DEFAULT_FINER_SKYMAP_RUN, help="Collection that tells pipelines of it.")
-def finer_skymap(repo: Path, skymap: str, oversampling: str, run: str) -> None:
+def finer_skymap(repo: str, skymap: str, oversampling: str, run: str) -> None:
     """Register a skymap with finer pixels in the Butler repository REPO.
 
     It has the tracts and patches of the skymap of the warps, and its name with _x2 or _x3 behind it. Run this
     again when patches have been added; what is there already stays.
     """
     try:
-        with Butler.from_config(str(repo), writeable=True) as butler:
+        check_run_name(run)
+        with open_repository(repo, writeable=True) as butler:
             name, n_patches = register_finer_skymap(butler, skymap, int(oversampling), run)
     except (OSError, RuntimeError, ValueError) as err:
         raise click.ClickException(str(err)) from None

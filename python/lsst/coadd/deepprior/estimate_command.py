@@ -30,7 +30,7 @@ def _visits(context: click.Context, parameter: click.Parameter, text: str) -> di
         }
     except ValueError:
         visits = {}
-    unnamed = len(visits) > 1 and "all" in visits
+    unnamed = "" in visits or (len(visits) > 1 and "all" in visits)
     if unnamed or len(visits) != len(text.split(",")) or min(visits.values(), default=0) < 1:
         raise click.BadParameter(f"{text!r} is neither a number of visits nor a list like g=8,r=18.")
     return visits

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("FitCheckpoint", "checkpoint_file", "inputs_digest")
+__all__ = ("FitCheckpoint", "checkpoint_file", "inputs_digest", "remove_checkpoint")
 
 import contextlib
 import glob
@@ -79,6 +79,25 @@ def inputs_digest(observations: Iterable[Observation]) -> str:
         for array in (one.flux, one.variance, one.good, one.psf):
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def remove_checkpoint(path: Path, log: logging.Logger | logging.LoggerAdapter) -> None:
+    """Remove the file of a fit whose outputs are stored.
+
+    Outputs that are stored are no failure, so a file that cannot be removed, since another user owns it for
+    instance, is worth a warning.
+
+    Parameters
+    ----------
+    path : `~pathlib.Path`
+        The file; it need not be there.
+    log : `logging.Logger` or `logging.LoggerAdapter`
+        Where to say that it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as err:
+        log.warning("The outputs are stored, but the checkpoint cannot be removed: %s", err)
 
 
 class FitCheckpoint:

@@ -41,6 +41,7 @@ from lsst.images.cells import CellGrid, PatchDefinition
 
 from .cells import cover_with_cells
 from .dimension_records import check_records, insert_patch, insert_visits, records
+from .repositories import RepositoryError, check_run_name, is_repository_uri, open_repository
 from .warp_file_header import WarpFileHeader
 from .warp_files import InvalidWarpFileError, read_warp_file
 from .warps import Warp
@@ -126,7 +127,7 @@ def ingest_warp_files(
     Parameters
     ----------
     repo : `str` or `~pathlib.Path`
-        Root directory of the repository.
+        Root directory of the repository, or URI or alias of one that is there.
     files : `~collections.abc.Iterable` [`str` or `~pathlib.Path`]
         The warp files, of any number of patches, bands and visits.
     run : `str`, optional
@@ -152,10 +153,13 @@ def ingest_warp_files(
     -----
     One file's pixels are in memory at a time.
     """
-    repo = Path(repo)
     paths = [Path(file) for file in files]
     report = progress if progress is not None else (lambda phase, n_done, n_files: None)
-    butler = _open(repo)
+    try:
+        check_run_name(run)
+        butler = _open(repo)
+    except RepositoryError as err:
+        raise IngestError(str(err)) from err
     headers = []
     for n_done, path in enumerate(paths, start=1):
         headers.append(_with_patch(read_warp_file(path).header, skymap))
@@ -181,15 +185,16 @@ def ingest_warp_files(
     return IngestReport(run=run, n_ingested=n_new, n_skipped=len(paths) - n_new, n_patches=len(tiles))
 
 
-def _open(repo: Path) -> Butler | None:
+def _open(repo: str | Path) -> Butler | None:
     """Open a repository if there is one, and refuse a path at which there is something else."""
+    path = Path(repo)
     try:
-        if (repo / "butler.yaml").exists():
-            return Butler.from_config(str(repo), writeable=True)
-        occupied = repo.exists() and not (repo.is_dir() and not any(repo.iterdir()))
-    except Exception as err:  # a damaged configuration can raise anything
-        reason = str(err).strip().split("\n")[0].rstrip(".")
-        raise IngestError(f"{repo} cannot be opened as a Butler repository: {reason}.") from err
+        is_there = is_repository_uri(repo) or (path / "butler.yaml").exists()
+        occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    except Exception as err:  # a damaged index of repositories can raise anything
+        raise IngestError(f"{repo} cannot be opened as a Butler repository: {err}.") from err
+    if is_there:
+        return open_repository(repo, writeable=True)
     if occupied:
         raise IngestError(
             f"{repo} exists but is not a Butler repository; name one, an empty directory or a new directory."

@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import sqlalchemy.exc
 
-from lsst.daf.butler import Butler, DatasetType
+from lsst.daf.butler import DatasetType
 from lsst.daf.butler.registry import CollectionTypeError, ConflictingDefinitionError
+
+from .repositories import RepositoryError, check_run_name, open_repository
 
 if TYPE_CHECKING:
     from .weights import TrainedNetwork
@@ -98,7 +100,7 @@ def ingest_network(repo: str | Path, network: TrainedNetwork, *, run: str = DEFA
     Parameters
     ----------
     repo : `str` or `~pathlib.Path`
-        Root directory of the repository.
+        Root directory, URI or alias of the repository.
     network : `~lsst.coadd.deepprior.weights.TrainedNetwork`
         The network.
     run : `str`, optional
@@ -118,7 +120,8 @@ def ingest_network(repo: str | Path, network: TrainedNetwork, *, run: str = DEFA
     """
     dataset = network_to_dataset(network)
     try:
-        with Butler.from_config(str(repo), writeable=True) as butler:
+        check_run_name(run)
+        with open_repository(repo, writeable=True) as butler:
             butler.registry.registerDatasetType(
                 DatasetType(NETWORK_DATASET_TYPE, (), NETWORK_STORAGE_CLASS, universe=butler.dimensions)
             )
@@ -131,6 +134,8 @@ def ingest_network(repo: str | Path, network: TrainedNetwork, *, run: str = DEFA
                 return False
             butler.put(dataset, NETWORK_DATASET_TYPE, run=run)
             return True
+    except RepositoryError as err:
+        raise NetworkIngestError(str(err)) from err
     except (ConflictingDefinitionError, CollectionTypeError) as err:
         raise NetworkIngestError(f"The repository {repo} cannot take a network in {run}: {err}") from err
     except (OSError, sqlalchemy.exc.SQLAlchemyError) as err:

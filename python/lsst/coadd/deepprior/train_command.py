@@ -78,7 +78,7 @@ def show_progress() -> Iterator[Report]:
 @click.command("train")
 @click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
 @click.argument("files", nargs=-1, metavar="[FILE...]", type=click.Path(path_type=Path))
-@click.option("--repo", type=click.Path(path_type=Path), help="Butler repository with warps.")
+@click.option("--repo", help="Butler repository with warps.")
 @click.option("--collection", default=DEFAULT_RUN, help="Collection of the warps in the repository.")
 @click.option("--scenes", type=click.IntRange(min=1), help="Number of scenes to simulate.")
 @click.option("--steps", default=40000, type=click.IntRange(min=1), help="Number of steps.")
@@ -101,7 +101,7 @@ def show_progress() -> Iterator[Report]:
 def train_command(
     output: Path,
     files: tuple[Path, ...],
-    repo: Path | None,
+    repo: str | None,
     collection: str,
     scenes: int | None,
     steps: int,
@@ -186,10 +186,10 @@ def _check_different(output: Path, checkpoint: Path, files: Iterable[Path]) -> N
 
 
 @click.command("ingest-network")
-@click.argument("repo", type=click.Path(path_type=Path))
+@click.argument("repo")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--run", default=DEFAULT_NETWORK_RUN, help="Collection to write the network to.")
-def ingest_network_command(repo: Path, file: Path, run: str) -> None:
+def ingest_network_command(repo: str, file: Path, run: str) -> None:
     """Put the network FILE that `deepprior train` made into the Butler repository REPO."""
     from .weights import InvalidNetworkError, TrainedNetwork
 

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsst.daf.butler import (
-    Butler,
     DatasetRef,
     DeferredDatasetHandle,
     EmptyQueryResultError,
@@ -36,6 +35,7 @@ from lsst.daf.butler import (
 from .ingest import DATASET_TYPE, DEFAULT_RUN, ingest_warp_files
 from .progress import counted
 from .psf import SAMPLED_FWHM, target_sigma
+from .repositories import RepositoryError, open_repository
 from .tasks.deep_prior_coadd_config import DeepPriorCoaddConfig
 from .warp_streams import WarpHandles, WarpObservations, cell_layout
 from .warps import Warp
@@ -151,7 +151,7 @@ def butler_data(
     Parameters
     ----------
     repo : `str` or `~pathlib.Path`
-        Root directory of a Butler repository.
+        Root directory, URI or alias of a Butler repository.
     collection : `str`
         The collection.
     target_fwhm : `float` or `None`
@@ -172,9 +172,9 @@ def butler_data(
         made, or there is no patch and band with two usable warps.
     """
     try:
-        butler = Butler.from_config(str(repo))
-    except (OSError, ValueError) as err:
-        raise TrainingDataError(f"The repository {repo} cannot be read: {err}") from err
+        butler = open_repository(repo)
+    except RepositoryError as err:
+        raise TrainingDataError(str(err)) from err
     with butler:
         try:
             refs = butler.query_datasets(DATASET_TYPE, collection, with_dimension_records=True, limit=None)

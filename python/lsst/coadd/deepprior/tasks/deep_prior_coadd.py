@@ -30,7 +30,7 @@ from lsst.pipe.base import (
 )
 
 from ..coadd import InputPlanes, make_coadds, mask_shares
-from ..fit_checkpoint import checkpoint_file
+from ..fit_checkpoint import checkpoint_file, remove_checkpoint
 from ..job_directories import job_directory
 from ..network_dataset import network_from_dataset
 from ..progress import counted
@@ -122,7 +122,7 @@ class DeepPriorCoaddTask(PipelineTask):
             outputRefs.visit_psfs = visit_psf_refs(outputs.visit_psfs, outputRefs.visit_psfs)
         butlerQC.put(outputs, outputRefs)
         if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
+            remove_checkpoint(checkpoint, self.log)
 
     def _read_network(
         self, butlerQC: QuantumContext, inputRefs: InputQuantizedConnection

@@ -79,6 +79,7 @@ class DeepPriorCoaddConfig(
     init = ChoiceField[str](
         doc="What the network starts from.",
         default="pretrained",
+        optional=False,
         allowed={
             "pretrained": "A trained network is used as it is, without a step of fitting. Patches that lie "
             "outside of what it was trained on take the scratch start, with a warning.",
@@ -94,6 +95,7 @@ class DeepPriorCoaddConfig(
     psf_mode = ChoiceField[str](
         doc="What is known of the PSFs of the visits.",
         default="known",
+        optional=False,
         allowed={
             "known": "The PSFs that come with the warps are taken as they are.",
             "refine": "They are nearly right: a small correction of each is learned from the visits, and "
@@ -230,6 +232,7 @@ class DeepPriorCoaddConfig(
     device = ChoiceField[str](
         doc="Where to compute.",
         default="auto",
+        optional=False,
         allowed={
             "auto": "A GPU if torch finds one, otherwise the CPU. Of the GPUs that the batch system has "
             "given to the job it is the one with the largest part of its memory free.",
@@ -289,9 +292,15 @@ class DeepPriorCoaddConfig(
     )
 
     def validate(self) -> None:
-        """Check that the target PSF is not given twice, and that the network of a Butler has a use."""
+        """Check that fields do not contradict each other, and that mask planes are names."""
         super().validate()
         if self.network_from_butler and self.init != "pretrained":
             raise ValueError("network_from_butler needs init = 'pretrained'.")
         if self.target_fwhm_arcsec is not None and self.target_fwhm_pixels is not None:
             raise ValueError("Set target_fwhm_arcsec or target_fwhm_pixels, not both.")
+        # A list field takes a text for the list of its letters.
+        if any(len(plane) < 2 for plane in self.bad_mask_planes):
+            raise ValueError(
+                f"bad_mask_planes = {list(self.bad_mask_planes)} are letters and not names; give a list, as "
+                "as \"['SAT', 'BAD']\"."
+            )

@@ -38,6 +38,7 @@ class WarpFormConfig(Config):
     warp_form = ChoiceField[str](
         doc="In which form the warps are.",
         default="cell_coadd",
+        optional=False,
         allowed={
             "cell_coadd": "One-visit cell coadds, deep_prior_warp, as deepprior ingest makes them.",
             "exposure": "afw exposures, direct_warp, as Data Release Production makes them; this needs a "

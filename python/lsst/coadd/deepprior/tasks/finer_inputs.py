@@ -29,6 +29,7 @@ class FinerConfig(Config):
         doc="How many times finer than those of the warps the pixels are along both axes. The coadds belong "
         "to the skymap of the warps with _x2 or _x3 behind its name, which deepprior finer-skymap registers.",
         default=2,
+        optional=False,
         allowed={
             2: "Half the pixel of the warps: the usual choice, for seeing down to 1.5 of their pixels.",
             3: "A third of the pixel of the warps, at more than twice the time and memory.",

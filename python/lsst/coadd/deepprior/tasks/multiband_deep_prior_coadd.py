@@ -33,7 +33,7 @@ from lsst.pipe.base import (
 from lsst.pipe.base.connectionTypes import Output
 
 from ..colour_picture import in_order
-from ..fit_checkpoint import FitCheckpoint, checkpoint_file
+from ..fit_checkpoint import FitCheckpoint, checkpoint_file, remove_checkpoint
 from ..warp_streams import cell_layout
 from ..warps import Warp
 from .deep_prior_coadd import BandInputs, DeepPriorCoaddTask, visit_psf_refs
@@ -132,7 +132,7 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
             outputRefs.visit_psfs = visit_psf_refs(stored.visit_psfs, outputRefs.visit_psfs)
         butlerQC.put(stored, outputRefs)
         for path in checkpoints.values():
-            path.unlink(missing_ok=True)
+            remove_checkpoint(path, self.log)
 
     def run(  # type: ignore[override]
         self,
