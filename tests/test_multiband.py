@@ -254,6 +254,18 @@ def test_common_target_is_that_of_the_seeing_of_all() -> None:
         assert one.target_sigma == pytest.approx(1.0, rel=0.02)
 
 
+def test_bands_without_a_sharp_default_target_are_coupled_too() -> None:
+    """The narrowest default target is wider than the PSFs of one band, as it may be in a band alone."""
+    settings = dataclasses.replace(WITHOUT_NETWORK, target_fwhm=None)
+    stars = [(x, y, 100.0) for x, y, _ in COMMON]
+    sharp, wide = (observe(LAYOUT, stars, [sigma] * 2, seed=4) for sigma in (0.8, 1.4))
+    result = restore_bands({"r": sharp, "g": wide}, LAYOUT, settings)
+    alone = restore(sharp, LAYOUT, settings)
+    assert result["r"].target_sigma == result["g"].target_sigma == alone.target_sigma
+    with pytest.raises(ValueError, match="not sharper than the worst visit"):
+        restore_bands({"r": sharp, "g": wide}, LAYOUT, dataclasses.replace(WITHOUT_NETWORK, target_fwhm=2.0))
+
+
 def test_scratch_start_is_coupled_too() -> None:
     two = {name: one for name, one in visits().items() if name != "i"}
     result = restore_bands(two, LAYOUT, WITHOUT_NETWORK)
