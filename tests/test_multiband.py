@@ -190,6 +190,19 @@ def test_injected_stars_are_where_all_bands_are_dark(alone: dict[str, FittedPatc
         assert (stars[0].x > 60.0).any()
 
 
+def test_injected_stars_are_where_all_bands_have_data(alone: dict[str, FittedPatch]) -> None:
+    """The band of the least depth sees both cells, another one only the lower of them."""
+    half = [
+        dataclasses.replace(visit, psf=np.where(np.arange(2)[:, None, None, None], np.nan, visit.psf))
+        for visit in visits()["r"]
+    ]
+    patches = alone | {"r": fits({"r": half})["r"]}
+    (stars, *_) = places(patches, 0.0)
+    assert len(stars.y)
+    assert stars.y.max() < 60.0
+    assert places(alone, 0.0)[0].y.max() > 60.0
+
+
 def test_typical_ratio(alone: dict[str, FittedPatch]) -> None:
     lights = {name: BandLight(one.data, one.sets, one.points.latent) for name, one in alone.items()}
     assert typical_ratio(lights["g"], lights["r"]) == pytest.approx(RED, rel=0.1)

@@ -256,7 +256,7 @@ def _restored_draw(
 def _common_stars(
     patches: Sequence[FittedPatch], images: Sequence[np.ndarray], seed: int
 ) -> list[InjectedStars]:
-    """Choose stars for all bands, where all are dark, of the typical colours of the patch.
+    """Choose stars for all bands, where all have data and are dark, of the typical colours of the patch.
 
     They have the wanted signal-to-noise ratios in the band of the least depth.
     """
@@ -267,7 +267,8 @@ def _common_stars(
     expected = [ratio * depth for ratio, depth in zip(ratios, depths, strict=True)]
     least = int(np.argmin(expected))
     brightest = np.max([image * ratios[least] / r for image, r in zip(images, ratios, strict=True)], axis=0)
-    stars = place_stars(patches[least].data, patches[least].observations, brightest, seed)
+    seen = np.all([patch.data.weight.any(axis=0) for patch in patches], axis=0)
+    stars = place_stars(patches[least].data, patches[least].observations, brightest, seed, seen)
     return [
         dataclasses.replace(
             stars,
