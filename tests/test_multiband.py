@@ -190,6 +190,19 @@ def test_injected_stars_are_where_all_bands_are_dark(alone: dict[str, FittedPatc
         assert (stars[0].x > 60.0).any()
 
 
+def test_injected_stars_are_where_all_bands_have_data(alone: dict[str, FittedPatch]) -> None:
+    """The band of the least depth sees both cells, another one only the lower of them."""
+    half = [
+        dataclasses.replace(visit, psf=np.where(np.arange(2)[:, None, None, None], np.nan, visit.psf))
+        for visit in visits()["r"]
+    ]
+    patches = alone | {"r": fits({"r": half})["r"]}
+    (stars, *_) = places(patches, 0.0)
+    assert len(stars.y)
+    assert stars.y.max() < 60.0
+    assert places(alone, 0.0)[0].y.max() > 60.0
+
+
 def test_typical_ratio(alone: dict[str, FittedPatch]) -> None:
     lights = {name: BandLight(one.data, one.sets, one.points.latent) for name, one in alone.items()}
     assert typical_ratio(lights["g"], lights["r"]) == pytest.approx(RED, rel=0.1)
@@ -252,6 +265,18 @@ def test_common_target_is_that_of_the_seeing_of_all() -> None:
     result = restore_bands({"r": sharp, "g": wide}, LAYOUT, settings)
     for one in result.values():
         assert one.target_sigma == pytest.approx(1.0, rel=0.02)
+
+
+def test_bands_without_a_sharp_default_target_are_coupled_too() -> None:
+    """The narrowest default target is wider than the PSFs of one band, as it may be in a band alone."""
+    settings = dataclasses.replace(WITHOUT_NETWORK, target_fwhm=None)
+    stars = [(x, y, 100.0) for x, y, _ in COMMON]
+    sharp, wide = (observe(LAYOUT, stars, [sigma] * 2, seed=4) for sigma in (0.8, 1.4))
+    result = restore_bands({"r": sharp, "g": wide}, LAYOUT, settings)
+    alone = restore(sharp, LAYOUT, settings)
+    assert result["r"].target_sigma == result["g"].target_sigma == alone.target_sigma
+    with pytest.raises(ValueError, match="not sharper than the worst visit"):
+        restore_bands({"r": sharp, "g": wide}, LAYOUT, dataclasses.replace(WITHOUT_NETWORK, target_fwhm=2.0))
 
 
 def test_scratch_start_is_coupled_too() -> None:

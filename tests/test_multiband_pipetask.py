@@ -137,6 +137,10 @@ def test_fits_go_on_where_they_were(by_band: dict[str, list[Warp]], tmp_path: Pa
         )
     with pytest.raises(RuntimeError, match="coupled_bands"):
         task.run(warps={"r": by_band["r"]}, checkpoints=files)
+    # The visits of the other band are a part of the target PSF.
+    fewer = by_band | {"g": by_band["g"][:1]}
+    with pytest.raises(RuntimeError, match="inputs"):
+        task.run(warps=fewer, checkpoints={"r": files["r"]})
 
 
 def test_pipetask(repo: Path, tmp_path: Path) -> None:

@@ -208,10 +208,12 @@ def test_only_what_is_near_a_trail_or_a_lost_core_loses_its_weight() -> None:
     assert not kept[2][core].any()
 
 
-def test_a_visit_without_pixels_stays_as_it_is() -> None:
-    visits = _visits()
+@pytest.mark.parametrize("stars", [STARS, []])
+def test_a_visit_without_pixels_stays_as_it_is(stars: list[tuple[float, float, float]]) -> None:
+    visits = _visits(stars)
     visits[2] = dataclasses.replace(visits[2], good=np.zeros_like(visits[2].good))
     refinement = refine_psfs(visits, LAYOUT, base_steps=30)
+    assert refinement.anchored == bool(stars)
     np.testing.assert_array_equal(refinement.stamps[2], visits[2].psf)
     assert (refinement.flux_scale[2], refinement.background[2]) == pytest.approx((1.0, 0.0), abs=1e-3)
     assert refinement.flags(2)["uncertain"]

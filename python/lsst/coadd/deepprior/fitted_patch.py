@@ -232,10 +232,16 @@ def fit_patch(
     progress: Progress | None = None,
     checkpoint: FitCheckpoint | None = None,
     batches: Batches | None = None,
+    sigma: float | None = None,
 ) -> FittedPatch:
     """Restore the sky of a patch: `restore` without what is known of the errors.
 
-    Parameters, and what is raised, are those of `restore`.
+    Other parameters, and what is raised, are those of `restore`.
+
+    Parameters
+    ----------
+    sigma : `float`, optional
+        Sigma of the target PSF in pixels, in place of what the settings and the seeing say.
 
     Returns
     -------
@@ -248,7 +254,7 @@ def fit_patch(
     data = PatchData(
         observations,
         layout,
-        lambda seeing: target_sigma(seeing, settings.target_fwhm),
+        (lambda seeing: target_sigma(seeing, settings.target_fwhm)) if sigma is None else sigma,
         margin=MARGIN * observations[0].sampling,
         huber_delta=settings.huber_delta,
         psf_error=settings.psf_error,

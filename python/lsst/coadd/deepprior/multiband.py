@@ -15,6 +15,7 @@ from __future__ import annotations
 __all__ = ("restore_bands",)
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from .noise import coadd_layers, local_variance
 from .noise_correlation import visit_correlations
 from .observation import Observation
 from .operators import CellLayout
-from .psf import FWHM_PER_SIGMA, target_sigma
+from .psf import target_sigma
 from .psf_check import InjectedStars, injected_latent, measure_leakage, place_stars
 from .restore import Restoration, assemble, restore
 from .weights import TrainedNetwork
@@ -93,13 +94,15 @@ def restore_bands(
         if len(visits) == 0:
             raise ValueError(f"The {band} band has no visit; leave it out.")
     couple = coupling and len(observations) > 1
+    run: Any = restore
     if couple:
-        settings = dataclasses.replace(settings, target_fwhm=_common_target(observations, settings))
+        # One that is asked for is checked with the seeing of each band.
+        common = None if settings.target_fwhm is not None else _common_sigma(observations)
+        run = functools.partial(fit_patch, sigma=common)
 
     fitted: dict[str, FittedPatch] = {}
     single: dict[str, Restoration] = {}
     for band, visits in observations.items():
-        run: Any = fit_patch if couple else restore
         (fitted if couple else single)[band] = run(
             visits,
             layout,
@@ -120,10 +123,10 @@ def _of_band(progress: Progress | None, band: str) -> Progress | None:
     return lambda phase, step, n_steps, loss: progress(f"{phase} {band}", step, n_steps, loss)
 
 
-def _common_target(observations: Mapping[str, Sequence[Observation]], settings: RestoreSettings) -> float:
-    """Return the FWHM in pixels of the target PSF of all bands."""
+def _common_sigma(observations: Mapping[str, Sequence[Observation]]) -> float:
+    """Return the sigma in pixels of the default target PSF of all bands."""
     seeing = np.array([visit.seeing() for visits in observations.values() for visit in visits])
-    return FWHM_PER_SIGMA * target_sigma(seeing[np.isfinite(seeing)], settings.target_fwhm)
+    return target_sigma(seeing[np.isfinite(seeing)])
 
 
 def _finished(
@@ -253,7 +256,7 @@ def _restored_draw(
 def _common_stars(
     patches: Sequence[FittedPatch], images: Sequence[np.ndarray], seed: int
 ) -> list[InjectedStars]:
-    """Choose stars for all bands, where all are dark, of the typical colours of the patch.
+    """Choose stars for all bands, where all have data and are dark, of the typical colours of the patch.
 
     They have the wanted signal-to-noise ratios in the band of the least depth.
     """
@@ -264,7 +267,8 @@ def _common_stars(
     expected = [ratio * depth for ratio, depth in zip(ratios, depths, strict=True)]
     least = int(np.argmin(expected))
     brightest = np.max([image * ratios[least] / r for image, r in zip(images, ratios, strict=True)], axis=0)
-    stars = place_stars(patches[least].data, patches[least].observations, brightest, seed)
+    seen = np.all([patch.data.weight.any(axis=0) for patch in patches], axis=0)
+    stars = place_stars(patches[least].data, patches[least].observations, brightest, seed, seen)
     return [
         dataclasses.replace(
             stars,

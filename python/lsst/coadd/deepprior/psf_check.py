@@ -68,7 +68,11 @@ def _half_width(sigma: float) -> int:
 
 
 def place_stars(
-    data: PatchData, observations: Sequence[Observation], image: np.ndarray, seed: int
+    data: PatchData,
+    observations: Sequence[Observation],
+    image: np.ndarray,
+    seed: int,
+    cells: np.ndarray | None = None,
 ) -> InjectedStars:
     """Choose stars at random sub-pixel positions where a restored image is dark.
 
@@ -82,6 +86,8 @@ def place_stars(
         Restored image of the patch in nJy.
     seed : `int`
         Seed of the positions.
+    cells : `numpy.ndarray`, (i, j), bool, optional
+        Cells that may have stars, by default those with data.
 
     Returns
     -------
@@ -96,7 +102,7 @@ def place_stars(
     # At the seeing, so that the noise of an image that was not regularised takes no place.
     light = scipy.ndimage.gaussian_filter(image, float(np.nanmedian(data.seeing)) / FWHM_PER_SIGMA)
     dark = np.pad(light < _LIT * noise, ((1, 1), (1, 1)))
-    dark &= np.pad(data.pixel_weight(depth) > 0.0, ((1, 1), (1, 1)))
+    dark &= np.pad(data.pixel_weight(depth > 0.0 if cells is None else cells), ((1, 1), (1, 1)))
     free = scipy.ndimage.distance_transform_edt(dark)[1:-1, 1:-1] > distance
     information = np.zeros(depth.shape)
     for weight, observation in zip(data.weight, observations, strict=True):

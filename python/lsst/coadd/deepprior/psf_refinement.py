@@ -312,16 +312,22 @@ def _with_mean_shape(
     total: np.ndarray,
     used: np.ndarray,
 ) -> list[np.ndarray]:
-    """Give the PSFs of the visits the mean size and ellipticity that they had; ``total`` is kept up."""
+    """Give the PSFs of the visits that are used the mean size and ellipticity that they had; ``total`` is
+    kept up.
+    """
     for _ in range(_MEAN_PASSES):
-        shapes = [(a, b) for a, b in zip(map(_shape, stamps), wanted, strict=True) if a and b]
+        pairs = zip(map(_shape, stamps), wanted, used, strict=True)
+        shapes = [(a, b) for a, b, own in pairs if a and b and own]
         change = np.mean(
             [(2.0 * math.log(a.sigma / b.sigma), a.e1 - b.e1, a.e2 - b.e2) for a, b in shapes], axis=0
         )
         parameters = np.zeros(basis.n_parameters)
         parameters[basis.moments] = -change
         total[used] += parameters
-        stamps = [corrected_stamps(psf, basis, parameters[basis.shape]) for psf in stamps]
+        stamps = [
+            corrected_stamps(psf, basis, parameters[basis.shape]) if own else psf
+            for psf, own in zip(stamps, used, strict=True)
+        ]
     return stamps
 
 

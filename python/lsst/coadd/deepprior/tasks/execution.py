@@ -85,7 +85,9 @@ def restore_on_node(
     from ..restore import restore
 
     # The state of a fit belongs to the visits as they are: PSFs that are learned again differ in rounding.
-    kept = open_checkpoint(config, log, observations, settings, checkpoint)
+    kept = None
+    if checkpoint is not None:
+        kept = open_checkpoint(config, log, inputs_digest(observations), settings, checkpoint)
 
     def restore_on(device: str, progress: Progress, batches: Batches) -> tuple[Any, Any]:
         visits, refinement = refined_observations(config, observations, layout, device, progress)
@@ -189,18 +191,20 @@ def refined_observations(
 def open_checkpoint(
     config: DeepPriorCoaddConfig,
     log: logging.Logger | logging.LoggerAdapter,
-    observations: Sequence[Observation],
+    inputs: str,
     settings: RestoreSettings,
-    path: Path | None,
+    path: Path,
     **further: Any,
-) -> FitCheckpoint | None:
+) -> FitCheckpoint:
     """Say what the state of the fit belongs to.
 
     Parameters
     ----------
-    config, log, observations, settings
+    config, log, settings
         As in `restore_on_node`.
-    path : `~pathlib.Path` or `None`
+    inputs : `str`
+        Digest of all visits that the fit depends on.
+    path : `~pathlib.Path`
         File that the fit keeps its state in.
     **further
         What else it depends on.
@@ -210,11 +214,9 @@ def open_checkpoint(
     RuntimeError
         Raised if the directory of the file cannot be made.
     """
-    if path is None:
-        return None
     facts: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
-        "inputs": inputs_digest(observations),
+        "inputs": inputs,
         "deepprior_version": __version__,
         **further,
     }

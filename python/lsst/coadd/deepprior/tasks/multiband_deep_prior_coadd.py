@@ -33,7 +33,7 @@ from lsst.pipe.base import (
 from lsst.pipe.base.connectionTypes import Output
 
 from ..colour_picture import in_order
-from ..fit_checkpoint import FitCheckpoint, checkpoint_file, remove_checkpoint
+from ..fit_checkpoint import FitCheckpoint, checkpoint_file, inputs_digest, remove_checkpoint
 from ..warp_streams import cell_layout
 from ..warps import Warp
 from .deep_prior_coadd import BandInputs, DeepPriorCoaddTask, visit_psf_refs
@@ -195,18 +195,19 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
         title = first.label.removesuffix(f", {first.band} band")
         label = f"{title}, bands {', '.join(inputs)}"
         kept: dict[str, FitCheckpoint] = {}
-        for band, path in (checkpoints or {}).items():
-            if band in inputs:
-                state = open_checkpoint(
+        if checkpoints:
+            digests = {band: inputs_digest(one.observations) for band, one in inputs.items()}
+            for band in inputs.keys() & checkpoints.keys():
+                # The target PSF depends on the visits of all bands.
+                kept[band] = open_checkpoint(
                     self.config,
                     self.log,
-                    inputs[band].observations,
+                    ",".join(digests.values()) if self.config.coupling else digests[band],
                     settings,
-                    path,
+                    checkpoints[band],
+                    band=band,
                     coupled_bands=",".join(inputs) if self.config.coupling else "",
                 )
-                assert state is not None
-                kept[band] = state
 
         def restore_on(device: str, progress: Progress, batches: Batches) -> tuple[Any, Any]:
             visits = {
