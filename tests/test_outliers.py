@@ -87,6 +87,20 @@ def test_a_trail_is_long() -> None:
     assert trail.y == pytest.approx(60.5, abs=0.3)
 
 
+def test_an_outlier_has_no_pixels_where_the_model_is_wrong_in_all_visits() -> None:
+    """A trail through a star that the model lacks: the light of the star is not that of the trail."""
+    visits = observe(LAYOUT, STARS, SIGMAS, seed=6)
+    visits[1].flux[15:17, 5:100] += 12.0
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    layers = coadd_layers(data, torch.zeros(data.shape), visits)
+    listed = np.zeros(LAYOUT.shape, dtype=bool)
+    for one in layers.outliers:
+        listed[one.pixels] = True
+    np.testing.assert_array_equal(listed, layers.clipped)
+    trails = [one for one in layers.outliers if one.visit == 1 and one.length > 5.0]
+    assert sum(one.flux for one in trails) == pytest.approx(12.0 * 2 * 95, rel=0.15)
+
+
 def test_the_centre_of_an_outlier_may_lie_in_a_cell_without_psf() -> None:
     visits = observe(LAYOUT, STARS, SIGMAS, seed=6)
     visits[1].psf[0, 0] = np.nan

@@ -157,6 +157,20 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
     with np.errstate(invalid="ignore", divide="ignore"):
         coadd, residual_coadd, variance = total[1] / total[0], total[2] / total[0], total[3] / total[0] ** 2
         psf /= weight.sum(axis=0)[:, :, None, None]
+    outliers = [one for one in found if clipped[one.pixels].all()]
+    # Of what is left out in part only, that part is measured.
+    partly = [one for one in found if clipped[one.pixels].any() and not clipped[one.pixels].all()]
+    for index, _, visit in data.read(sorted({one.visit for one in partly})):
+        outlier = np.zeros(shape, dtype=bool)
+        for group in partly:
+            if group.visit == index:
+                outlier[group.pixels] = clipped[group.pixels]
+        difference = (visit.flux - visit.kernel.forward(latent))[inner].cpu().numpy()
+        usable = (visit.weight[inner] > 0).cpu().numpy()
+        usable &= data.pixel_weight(weight[index].astype(np.float32))[::step, ::step] > 0
+        noise = np.where(usable, visit.variance[inner].cpu().numpy(), 1.0)
+        psf_at = functools.partial(_stamp_at, observations[index].psf, layout, step)
+        outliers += outliers_of_visit(index, outlier, difference, noise, usable, psf_at)
     layers = CoaddLayers(
         coadd=coadd.astype(np.float32),
         residual=residual_coadd.astype(np.float32),
@@ -167,7 +181,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         masked=n_visits < n_entering,
         clipped=clipped,
         weight=weight,
-        outliers=[one for one in found if clipped[one.pixels].any()],
+        outliers=outliers,
         chi2=float(total[4].sum(dtype=np.float64)) / max(int(n_visits.sum()), 1),
     )
     return layers if step == 1 else spread_layers(layers, step)
