@@ -72,8 +72,9 @@ def test_a_step_is_a_half_at_a_signal_of_20_times_the_noise(
     assert float(moved[at] / latent[at]) == pytest.approx(2.0**power, rel=1e-3)
 
 
-def test_light_that_no_source_claims_is_left_out(data: PatchData) -> None:
+def test_light_that_no_source_claims_is_left_out() -> None:
     """An image of a constant a hundredth of the noise, seen with S/N below 0.1, nearly vanishes."""
+    data = PatchData(observe(LAYOUT, [], [1.5, 1.7, 1.6], seed=5), LAYOUT, 0.9, margin=8)
     sets = data.sets()
     faint = 0.01 * sets.sensitivity[0].clamp_min(1.0).rsqrt()
     assert float((sets.gram.forward(faint[None])[0] / data.matched_noise()).max()) < 0.1

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from .extended_light import regain_extended_light
 from .patch_data import PatchData
 from .statistics import SetStatistics, VisitSets
 
@@ -39,7 +40,8 @@ def data_steps(
 ) -> torch.Tensor:
     r"""Give back the flux of significant sources that a prior has taken.
 
-    A network of limited size leaves some per cent of the light even of sources far above the noise. The
+    Smooth light that is missing altogether comes first (`~lsst.coadd.deepprior.extended_light`). Then, since
+    a network of limited size leaves some per cent of the light even of sources far above the noise, the
     multiplicative step of maximum likelihood (`~lsst.coadd.deepprior.baselines.maximum_likelihood_step`) is
     taken to the power of how sure the data are that there is a source,
 
@@ -75,6 +77,7 @@ def data_steps(
         The image with the steps taken, in nJy.
     """
     noise = data.matched_noise()
+    latent = regain_extended_light(data, sets, latent)
     latent = regain_flux(data, sets, latent, gate, progress)
     significance = torch.where(noise > 0.0, sets.gram.forward(latent[None])[0] / noise, torch.inf).square()
     return latent / (1.0 + _UNCLAIMED**2 / significance.clamp_min(torch.finfo(latent.dtype).tiny))

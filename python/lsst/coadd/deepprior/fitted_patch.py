@@ -11,6 +11,7 @@ __all__ = ("MARGIN", "FittedPatch", "Progress", "RestoreSettings", "fit_patch")
 
 import copy
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +42,8 @@ from .weights import TrainedNetwork
 
 if TYPE_CHECKING:
     from .fit_checkpoint import FitCheckpoint
+
+_LOG = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int, float], None]
 """Called with the phase, the step, the number of steps and the loss."""
@@ -286,6 +289,8 @@ def fit_patch(
     elif settings.steps == 0:
         method = "maximum likelihood: no steps asked for"
     else:
+        if outside:
+            _LOG.info("The patch is outside of what the network was trained on (%s).", "; ".join(outside))
         to_fit = data
         if data.n_groups == 1:
             base = latent_and_slope(features.start, features.noise)[0]

@@ -139,7 +139,7 @@ def fit_pair(
     correlated = float((coadd.noise_correlation**2).sum())
     if (
         gain < _CLEARLY * excess
-        or reduced > 1.0 + _MISFIT * math.sqrt(2.0 * correlated / lit.sum())
+        or reduced > 1.0 + _MISFIT * math.sqrt(2.0 * correlated / max(int(lit.sum()), 1))
         or np.hypot(*(places[0] - places[1])) < _LEAST_SEPARATION * fwhm
         or flux.min() < _LEAST_SHARE * flux.sum()
     ):

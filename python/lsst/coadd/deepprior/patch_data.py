@@ -238,6 +238,11 @@ class PatchData:
         inside.copy_(torch.where(good, values, bad))
         return canvas
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether its statistics are given, and its visits only say how noisy they are (`bool`)."""
+        return self._statistics is not None
+
     def pixel_weight(self, cell_values: np.ndarray) -> np.ndarray:
         """Spread one value a cell over the pixels of the patch ((i, j) to (y, x))."""
         return np.repeat(np.repeat(cell_values, self.layout.height, axis=0), self.layout.width, axis=1)
