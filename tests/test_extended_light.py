@@ -164,3 +164,14 @@ def test_cells_without_a_visit_stay() -> None:
     assert bool(torch.isfinite(back).all())
     assert torch.equal(back[far], dark(data)[far])
     assert image(data, back).max() == pytest.approx(2.0, abs=0.4)
+
+
+def test_a_bright_star_in_front_leaves_no_hole() -> None:
+    star = [(X + 2.0, Y, 5e3)]
+    data = patch_of(with_halo(observe(LAYOUT, star, SIGMAS, seed=11), 3.0))
+    truth = patch_of(with_halo(observe(LAYOUT, [], SIGMAS, seed=11), 3.0))
+    only_star = maximum_likelihood(patch_of(observe(LAYOUT, star, SIGMAS, seed=11)), data.sets()).latent[0]
+    back = image(data, regain_extended_light(data, data.sets(), only_star)) - image(data, only_star)
+    expected = image(truth, regain_extended_light(truth, truth.sets(), dark(truth)))
+    ring = np.hypot(*(np.mgrid[: LAYOUT.shape[0], : LAYOUT.shape[1]] - np.reshape([Y, X + 2.0], (2, 1, 1))))
+    assert back[ring < 6.0].mean() == pytest.approx(expected[ring < 6.0].mean(), rel=0.1)

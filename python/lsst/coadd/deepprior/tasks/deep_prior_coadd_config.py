@@ -301,6 +301,6 @@ class DeepPriorCoaddConfig(
         # A list field takes a text for the list of its letters.
         if any(len(plane) < 2 for plane in self.bad_mask_planes):
             raise ValueError(
-                f"bad_mask_planes = {list(self.bad_mask_planes)} are letters and not names; give a list, such "
-                "as \"['SAT', 'BAD']\"."
+                f"bad_mask_planes = {list(self.bad_mask_planes)} are letters and not names; give a list, "
+                "such as \"['SAT', 'BAD']\"."
             )
