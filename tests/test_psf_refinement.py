@@ -222,6 +222,20 @@ def test_a_visit_without_pixels_stays_as_it_is(stars: list[tuple[float, float, f
     assert type(numbers["visits"]["visit 0"]["size_change"]) is float
 
 
+def test_a_visit_that_shows_no_star_is_called_uncertain() -> None:
+    """The PSF of the last is 5 % too wide, and a corner without stars is all that it shows."""
+    visits = _visits()
+    y, x = np.mgrid[: LAYOUT.shape[0], : LAYOUT.shape[1]]
+    visits[3] = dataclasses.replace(
+        visits[3], good=visits[3].good & (x < 64) & (y < 15), psf=_stamp(1.05 * SEEING[3])
+    )
+    refinement = refine_psfs(visits, LAYOUT)
+    size, _ = _errors(refinement)
+    np.testing.assert_allclose(size[:3], 0.0, atol=3e-3)
+    assert [refinement.flags(k)["uncertain"] for k in range(4)] == [False, False, False, True]
+    assert size[3] > 0.01
+
+
 def test_bad_input() -> None:
     visits = _visits()
     with pytest.raises(ValueError, match="base_steps must be at least 1"):
@@ -243,6 +257,7 @@ def test_bad_input() -> None:
         False,
         np.zeros((0, 2)),
         0,
+        unknown,
         unknown,
         unknown,
         [shape],

@@ -92,7 +92,7 @@ def visit_equations(sky: RefinementSky, index: int) -> VisitEquations | None:
 
 def solve_equations(
     equations: Sequence[VisitEquations | None], total: np.ndarray, start: np.ndarray, anchored: bool
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Solve the equations of all visits, and learn the prior.
 
     Parameters
@@ -112,6 +112,8 @@ def solve_equations(
         Corrections, of zero mean in all but the PSF, and there too without stars.
     covariance : `numpy.ndarray`, (visit, parameter, parameter)
         Their covariance.
+    unlearned : `numpy.ndarray`, (visit, parameter, parameter)
+        What it is with the prior of the start: how well a visit itself tells them.
     """
     n = len(start)
     used = [k for k, one in enumerate(equations) if one is not None]
@@ -120,7 +122,8 @@ def solve_equations(
     width = start.copy()
     held = start > 0.0
     known = np.ones(n, dtype=bool)
-    for _ in range(_PRIOR_STEPS):
+    unlearned = np.zeros_like(covariance)
+    for number in range(_PRIOR_STEPS):
         precision = np.zeros(n)
         precision[held] = width[held] ** -2.0
         inverses = [np.linalg.inv(one.own + np.diag(precision + 1e-12)) for one in present]
@@ -139,6 +142,8 @@ def solve_equations(
             step[k] = inverse @ (own_right + one.cross @ common)
             spread = inverse @ one.cross
             covariance[k] = inverse + spread @ schur_inverse @ spread.T
+        if number == 0:
+            unlearned[...] = covariance
         if not anchored:
             # What other light hardly tells is left as it is.
             error = np.median([np.sqrt(np.diagonal(inverse)) for inverse in inverses], axis=0)
@@ -150,4 +155,4 @@ def solve_equations(
     if anchored:
         fixed[BACKGROUND + 1 :] = False
     step[np.ix_(used, np.flatnonzero(fixed))] -= step[used][:, fixed].mean(axis=0)
-    return step, covariance
+    return step, covariance, unlearned

@@ -61,7 +61,8 @@ _MEAN_PASSES = 2
 _LARGE_CHANGE = 0.1
 
 _UNCERTAIN = 0.01
-"""Relative change and relative error of the FWHM from which a visit is flagged."""
+"""Relative change and relative error of the FWHM from which a visit is flagged. The error is that without
+what the other visits tell: that their PSFs were right says little of one that has no stars."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,7 +87,9 @@ class PsfRefinement:
         Number of points that are bright enough and alone, be they stars of one shape or not.
     fwhm_error, ellipticity_error : `numpy.ndarray`, (visit,)
         Standard errors of the FWHM, relatively, and of a component of the ellipticity, from the noise and
-        the learned prior; NaN without stars.
+        the prior that was learned from all visits; NaN without stars.
+    own_fwhm_error : `numpy.ndarray`, (visit,)
+        That of the FWHM from the visit itself, without what the others tell of it; NaN without stars.
     before, after : `list` [`~lsst.coadd.deepprior.psf.StarFit`]
         Gaussians fitted to the PSFs in the middle one of the cells, as given and as refined.
     """
@@ -100,6 +103,7 @@ class PsfRefinement:
     n_candidates: int
     fwhm_error: np.ndarray
     ellipticity_error: np.ndarray
+    own_fwhm_error: np.ndarray
     before: list[StarFit | None]
     after: list[StarFit | None]
 
@@ -115,15 +119,15 @@ class PsfRefinement:
         -------
         flags : `dict` [`str`, `bool`]
             ``not_anchored``: no stars have fixed what the PSFs have in common, only their differences are
-            refined; ``large_change``: the FWHM has changed by more than a tenth; ``uncertain``: the error
-            of the FWHM is above 1 %, or not known.
+            refined; ``large_change``: the FWHM has changed by more than a tenth; ``uncertain``: the visit
+            itself tells the FWHM no better than to 1 %.
         """
         before, after = self.before[visit], self.after[visit]
         large = before is None or after is None or abs(after.sigma / before.sigma - 1.0) > _LARGE_CHANGE
         return {
             "not_anchored": not self.anchored,
             "large_change": bool(large),
-            "uncertain": not bool(self.fwhm_error[visit] <= _UNCERTAIN),
+            "uncertain": not bool(self.own_fwhm_error[visit] <= _UNCERTAIN),
         }
 
 
@@ -257,6 +261,7 @@ def refine_psfs(
         0,
         nothing,
         nothing,
+        nothing,
         before,
         before,
     )
@@ -270,7 +275,8 @@ def refine_psfs(
             # Stars that fail the stricter test of a later pass were good enough for the one before.
             break
         equations = [visit_equations(sky, index) for index in range(n_visits)]
-        step, covariance = solve_equations(equations, total, basis.prior(blind, sky.anchored), sky.anchored)
+        prior = basis.prior(blind, sky.anchored)
+        step, covariance, unlearned = solve_equations(equations, total, prior, sky.anchored)
         shape = np.clip(step[:, basis.shape.start :], -_LARGEST_STEP, _LARGEST_STEP)
         step[:, basis.shape.start :] = shape
         total += step
@@ -283,7 +289,9 @@ def refine_psfs(
         used, last = data.group >= 0, result.after
         if not sky.anchored:
             stamps = _with_mean_shape(stamps, started, basis, total, used)
-        fwhm_error, ellipticity_error = _errors(stamps, basis, covariance, used & sky.anchored)
+        known = used & sky.anchored
+        fwhm_error, ellipticity_error = _errors(stamps, basis, covariance, known)
+        own_fwhm_error, _ = _errors(stamps, basis, unlearned, known)
         result = PsfRefinement(
             stamps,
             scale / scale[used].mean(),
@@ -294,6 +302,7 @@ def refine_psfs(
             sky.n_candidates,
             fwhm_error,
             ellipticity_error,
+            own_fwhm_error,
             before,
             [_shape(psf) for psf in stamps],
         )
@@ -403,6 +412,7 @@ def summary(refinement: PsfRefinement, names: Sequence[str]) -> dict[str, Any]:
             "background_nJy": float(refinement.background[index]),
             "fwhm_relative_error": _or_none(refinement.fwhm_error[index]),
             "ellipticity_error": _or_none(refinement.ellipticity_error[index]),
+            "own_fwhm_relative_error": _or_none(refinement.own_fwhm_error[index]),
             "flags": refinement.flags(index),
         }
         if before is not None and after is not None:
