@@ -16,6 +16,7 @@ from toy import gaussian_stars, observe
 
 from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
 from lsst.coadd.deepprior.extended_light import regain_extended_light
+from lsst.coadd.deepprior.finer import finer_layout, finer_observation
 from lsst.coadd.deepprior.fitted_patch import RestoreSettings, fit_patch
 from lsst.coadd.deepprior.noise_draws import draw_noise
 from lsst.coadd.deepprior.observation import Observation
@@ -175,3 +176,18 @@ def test_a_bright_star_in_front_leaves_no_hole() -> None:
     expected = image(truth, regain_extended_light(truth, truth.sets(), dark(truth)))
     ring = np.hypot(*(np.mgrid[: LAYOUT.shape[0], : LAYOUT.shape[1]] - np.reshape([Y, X + 2.0], (2, 1, 1))))
     assert back[ring < 6.0].mean() == pytest.approx(expected[ring < 6.0].mean(), rel=0.1)
+
+
+def test_a_halo_comes_back_on_finer_pixels() -> None:
+    visits = with_halo(observe(LAYOUT, [], SIGMAS, seed=12), 2.0)
+    data = PatchData(
+        [finer_observation(visit, 2) for visit in visits],
+        finer_layout(LAYOUT, 2),
+        2.0 * SIGMA,
+        margin=2 * MARGIN,
+    )
+    back = inner_smooth(regain_extended_light(data, data.sets(), dark(data)), data.sigma)
+    inner = back[2 * MARGIN : -2 * MARGIN, 2 * MARGIN : -2 * MARGIN].numpy()
+    rebinned = inner.reshape(LAYOUT.shape[0], 2, LAYOUT.shape[1], 2).sum(axis=(1, 3))
+    truth = halo(SIGMA, 2.0)
+    assert rebinned[truth > 1.0].sum() == pytest.approx(truth[truth > 1.0].sum(), rel=0.12)
