@@ -102,6 +102,23 @@ def test_a_trail_in_one_visit_does_not_come_back(n_visits: int) -> None:
     assert results[1] > 0.5 * trail.sum()
 
 
+def test_a_star_that_is_missing_is_no_halo() -> None:
+    """Behind the first filter it has 11 times the noise."""
+    data = patch_of(observe(LAYOUT, [(X, Y, 70.0)], SIGMAS, seed=13))
+    assert torch.equal(regain_extended_light(data, data.sets(), dark(data)), dark(data))
+
+
+def test_the_visits_are_read_once_more_where_one_of_them_has_a_trail(monkeypatch: pytest.MonkeyPatch) -> None:
+    visits = observe(LAYOUT, [], SIGMAS, seed=6)
+    visits[0].flux[20:28] += 8.0
+    data = patch_of(visits)
+    sets, read = data.sets(), []
+    visit_of = data.read
+    monkeypatch.setattr(data, "read", lambda some: read.extend(some) or visit_of(some))
+    assert torch.equal(regain_extended_light(data, sets, dark(data)), dark(data))
+    assert sorted(read) == sorted(2 * list(range(len(SIGMAS))))
+
+
 def test_a_star_with_a_wrong_psf_gets_no_halo() -> None:
     visits = observe(LAYOUT, [(60.2, 28.1, 1e5)], SIGMAS, seed=7)
     narrow = observe(LAYOUT, [], [0.97 * sigma for sigma in SIGMAS])

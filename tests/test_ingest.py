@@ -17,7 +17,6 @@ import pytest
 from astropy.io import fits
 from click.testing import CliRunner, Result
 
-import lsst.coadd.deepprior
 from lsst.coadd.deepprior.cli import main
 from lsst.coadd.deepprior.ingest import DATASET_TYPE, DEFAULT_RUN
 from lsst.coadd.deepprior.simulate import SceneConfig, write_scene
@@ -26,8 +25,6 @@ from lsst.coadd.deepprior.warps import Warp
 from lsst.daf.butler import Butler, DatasetRef, DatasetType
 from lsst.images import Box
 from lsst.sphgeom import LonLat, UnitVector3d
-
-NETWORK = Path(lsst.coadd.deepprior.__file__).with_name("resources") / "networks" / "default.safetensors"
 
 # The files of the fixture hold 2x3 cells of 32 pixels: 64 rows and 96 columns.
 NY, NX = 64, 96
@@ -564,74 +561,6 @@ def test_two_instruments_may_use_the_same_visit_number(tmp_path: Path) -> None:
     repo = tmp_path / "repo"
     assert ingest(repo, *files).exit_code == 0
     assert {ref.dataId["instrument"] for ref in refs(repo)} == {"Cam", "OtherCam"}
-
-
-def test_places_that_cannot_hold_a_repository(warp_files: list[Path], tmp_path: Path) -> None:
-    occupied = tmp_path / "occupied"
-    occupied.mkdir()
-    (occupied / "thesis.tex").write_text("Important.")
-    regular_file = tmp_path / "file"
-    regular_file.write_text("A file.")
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    (damaged / "butler.yaml").write_text("datastore: [")
-    for repo, reason in (
-        (occupied, "is not a Butler repository"),
-        (regular_file, "is not a Butler repository"),
-        (regular_file / "repo", "cannot be"),
-        (Path("/proc/repo"), "cannot be"),
-        (damaged, "cannot be opened as a Butler repository"),
-    ):
-        message = one_line(ingest(repo, warp_files[0]))
-        assert str(repo) in message
-        assert reason in message
-    assert [path.name for path in occupied.iterdir()] == ["thesis.tex"]
-    assert regular_file.read_text() == "A file."
-
-
-def test_a_repository_that_is_named_by_a_uri_or_an_alias(
-    warp_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    absent = (tmp_path / "absent").as_uri()
-    message = one_line(CliRunner().invoke(main, ["ingest", absent, str(warp_files[0])]))
-    assert f"{absent} cannot be opened as a Butler repository" in message
-    assert list(tmp_path.iterdir()) == []
-    repo = tmp_path / "repo"
-    assert ingest(repo, warp_files[0]).exit_code == 0
-    index = tmp_path / "index.yaml"
-    index.write_text(f"production: {repo}\n")
-    monkeypatch.setenv("DAF_BUTLER_REPOSITORY_INDEX", str(index))
-    for n_stored, (name, file) in enumerate(
-        ((repo.as_uri(), warp_files[1]), ("production", warp_files[2])), start=2
-    ):
-        result = CliRunner().invoke(main, ["ingest", name, str(file)])
-        assert result.exit_code == 0, result.output
-        assert len(refs(repo)) == n_stored
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.yaml", "repo"]
-
-
-@pytest.mark.parametrize("run", ["", "*", "u/[a]", "one,two"])
-def test_a_collection_that_no_pipeline_could_name(warp_files: list[Path], tmp_path: Path, run: str) -> None:
-    repo = tmp_path / "repo"
-    message = one_line(ingest(repo, warp_files[0], options=("--run", run)))
-    assert f"{run!r} is no name of a collection" in message
-    assert not repo.exists()
-
-
-@pytest.mark.parametrize("content", ["", "datastore: ["])
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("ingest-network", "REPO", str(NETWORK)),
-        ("finer-skymap", "REPO"),
-        ("train", "net", "--repo", "REPO"),
-    ],
-)
-def test_commands_refuse_a_damaged_repository(tmp_path: Path, content: str, words: tuple[str, ...]) -> None:
-    (tmp_path / "butler.yaml").write_text(content)
-    result = CliRunner().invoke(main, [str(tmp_path) if one == "REPO" else one for one in words])
-    assert f"{tmp_path} cannot be opened as a Butler repository" in one_line(result)
 
 
 def test_a_repository_that_cannot_be_written(warp_files: list[Path], tmp_path: Path) -> None:

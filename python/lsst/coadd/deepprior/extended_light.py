@@ -22,6 +22,9 @@ from .statistics import VisitSets
 _WIDTH = 4.0
 """Sigma of the filter that finds smooth light, in sigmas of the target PSF: about two of the visits'."""
 
+_WIDER = 2.0
+"""Factor between it and a second filter, behind which a missing star has a fourth of its brightness."""
+
 _LEAST, _CERTAIN = 6.0, 9.0
 """Signal to noise ratio behind that filter from which, and above which all of, the light is given back."""
 
@@ -44,18 +47,19 @@ _FEWEST = 0.2
 def regain_extended_light(data: PatchData, sets: VisitSets, latent: torch.Tensor) -> torch.Tensor:
     r"""Give back smooth light that the visits have and a model has not.
 
-    A network restores what it has seen in training; of a galaxy that is larger than what it sees at a time,
-    it may take the halo for sky. With :math:`R = N - c A u` the matched image of what the model leaves and
-    :math:`G` a Gaussian twice as wide as the PSF of the visits,
+    A network restores what it has seen in training. Where that had no large galaxies, it takes their halos
+    for sky. With :math:`R = N - c A u` the matched image of what the model leaves and :math:`G` a Gaussian
+    twice as wide as the PSF of the visits,
 
     .. math:: u \leftarrow u + w\, d, \qquad d = \min\left(\frac{G * R}{(G * c)\, A 1},
               \operatorname*{med}_t \frac{G * m_t (y_t - K_t u)}{G * m_t}\right),
 
     where :math:`w` rises from 0 to 1 while the signal to noise ratio of d, with 2 per cent of the model's
-    light as a part of the noise, goes from 6 to 9. Holes in w, where bright stars are in front, are closed,
-    and what w was in one step it is in the next ones, so that they give back all of the light. The lower
-    median over the visits keeps out what one visit has, such as an unmasked satellite trail. An image that
-    has all light that stands out is not changed at all.
+    light as a part of the noise, goes from 6 to 9. So it must behind a filter of twice the width, which tells
+    smooth light from a star that is missing. Holes in w, where bright stars are in front, are closed, and
+    what w was in one step it is in the next ones, so that they give back all of the light. The lower median
+    over the visits keeps out what one visit has, such as an unmasked satellite trail. An image that has all
+    light that stands out is not changed at all.
 
     Parameters
     ----------
@@ -84,11 +88,15 @@ def regain_extended_light(data: PatchData, sets: VisitSets, latent: torch.Tensor
         error = torch.hypot(noise, _MODEL_ERROR * gaussian_smooth(prediction, width))
         weight = gaussian_smooth(coverage[0], width).clamp_min(_FEWEST) * full
         light = gaussian_smooth(statistics.seen[0] - prediction, width) / weight
-        if not bool(torch.maximum(share, _share(light * weight, error)).any()):
+        smooth = light
+        if bool(torch.maximum(share, _share(light * weight, error)).any()):
+            if not data.is_drawn:
+                light = torch.minimum(light, _median_left(data, latent, width))
+            wider = gaussian_smooth(statistics.seen[0] - prediction, _WIDER * width) / weight
+            smooth = torch.minimum(light, wider)
+        share = torch.maximum(share, _share(smooth * weight, error))
+        if not bool(share.any()):
             break
-        if not data.is_drawn:
-            light = torch.minimum(light, _median_left(data, latent, width))
-        share = torch.maximum(share, _share(light * weight, error))
         share = torch.where(error > 0.0, _without_holes(share, width), 0.0)
         latent = (latent + share * light).clamp_min(0.0)
     return latent

@@ -157,20 +157,6 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
     with np.errstate(invalid="ignore", divide="ignore"):
         coadd, residual_coadd, variance = total[1] / total[0], total[2] / total[0], total[3] / total[0] ** 2
         psf /= weight.sum(axis=0)[:, :, None, None]
-    outliers = [one for one in found if clipped[one.pixels].all()]
-    # Of what is left out in part only, that part is measured.
-    partly = [one for one in found if clipped[one.pixels].any() and not clipped[one.pixels].all()]
-    for index, _, visit in data.read(sorted({one.visit for one in partly})):
-        outlier = np.zeros(shape, dtype=bool)
-        for group in partly:
-            if group.visit == index:
-                outlier[group.pixels] = clipped[group.pixels]
-        difference = (visit.flux - visit.kernel.forward(latent))[inner].cpu().numpy()
-        usable = (visit.weight[inner] > 0).cpu().numpy()
-        usable &= data.pixel_weight(weight[index].astype(np.float32))[::step, ::step] > 0
-        noise = np.where(usable, visit.variance[inner].cpu().numpy(), 1.0)
-        psf_at = functools.partial(_stamp_at, observations[index].psf, layout, step)
-        outliers += outliers_of_visit(index, outlier, difference, noise, usable, psf_at)
     layers = CoaddLayers(
         coadd=coadd.astype(np.float32),
         residual=residual_coadd.astype(np.float32),
@@ -181,10 +167,36 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         masked=n_visits < n_entering,
         clipped=clipped,
         weight=weight,
-        outliers=outliers,
+        outliers=_rejected(data, latent, observations, weight, found, clipped),
         chi2=float(total[4].sum(dtype=np.float64)) / max(int(n_visits.sum()), 1),
     )
     return layers if step == 1 else spread_layers(layers, step)
+
+
+def _rejected(
+    data: PatchData,
+    latent: torch.Tensor,
+    observations: Sequence[Observation],
+    weight: np.ndarray,
+    found: list[Outlier],
+    clipped: np.ndarray,
+) -> list[Outlier]:
+    """Return the outliers that are left out of the coadds; of some it is a part, which is measured anew."""
+    inner, step = data.sampled, data.sampling
+    outliers = [one for one in found if clipped[one.pixels].all()]
+    partly = [one for one in found if clipped[one.pixels].any() and not clipped[one.pixels].all()]
+    for index, _, visit in data.read(sorted({one.visit for one in partly})):
+        outlier = np.zeros(clipped.shape, dtype=bool)
+        for group in partly:
+            if group.visit == index:
+                outlier[group.pixels] = clipped[group.pixels]
+        difference = (visit.flux - visit.kernel.forward(latent))[inner].cpu().numpy()
+        usable = (visit.weight[inner] > 0).cpu().numpy()
+        usable &= data.pixel_weight(weight[index].astype(np.float32))[::step, ::step] > 0
+        variance = np.where(usable, visit.variance[inner].cpu().numpy(), 1.0)
+        psf_at = functools.partial(_stamp_at, observations[index].psf, data.layout, step)
+        outliers += outliers_of_visit(index, outlier, difference, variance, usable, psf_at)
+    return outliers
 
 
 def _stamp_at(stamps: np.ndarray, layout: CellLayout, step: int, y: int, x: int) -> np.ndarray:
