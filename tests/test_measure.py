@@ -252,6 +252,16 @@ def test_rest_of_a_clipped_trail_is_no_source():
     assert list(table["flag_residual_only"]) == [False]
 
 
+def test_light_of_the_model_beside_a_clipped_pixel_is_a_source():
+    """What the model holds in one piece with a brighter star is no rest of an outlier."""
+    shape, clipped = (110, 130), np.zeros((110, 130), dtype=bool)
+    clipped[52:54, 72:74] = True
+    inputs = make_inputs(shape, (1, 1), [60.0, 70.0], [50.0, 50.0], [6e4, 1e4], CLIPPED=clipped)
+    inputs.model += 30.0 * (np.hypot(*(np.indices(shape) - np.array([50, 65])[:, None, None])) < 12.0)
+    inputs = dataclasses.replace(inputs, model_variance=np.full(shape, 1e4**2))
+    match(measure(inputs), [60.0, 70.0], [50.0, 50.0], radius=0.2)
+
+
 def test_what_only_the_model_holds_is_no_source():
     """A star that the prior invented is cancelled by the residual."""
     x, y, flux = np.array([30.3, 60.0]), np.array([41.2, 99.6]), np.array([5000.0, 3000.0])

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("BLEND", "DetectionSettings", "detect_sources", "significance")
+__all__ = ("BLEND", "DetectionSettings", "detect_sources", "shown", "significance")
 
 import dataclasses
 import math
@@ -67,11 +67,38 @@ def detect_sources(
     templates : `list` [`~lsst.coadd.deepprior.stamps.Stamp`]
         The pieces carried to the coadd PSF, for unit flux.
     """
-    unit = gaussian_stamp(sigma).max() / np.sqrt(np.maximum(coadd.information, 1e-30))
+    unit = _unit(sigma, coadd)
     rise = np.maximum(settings.min_snr * unit, settings.min_rise * model_error)
     segments, peaks = _segments(model, unit, rise, settings)
     islands = scipy.ndimage.label(segments, np.ones((3, 3)))[0][tuple(peaks.T)]
     return _accepted(_pieces(model, segments, peaks, coadd), islands, coadd, settings)
+
+
+def shown(model: np.ndarray, sigma: float, coadd: Coadd, settings: DetectionSettings) -> np.ndarray:
+    """Return where a restored image has light.
+
+    Parameters
+    ----------
+    model : `numpy.ndarray`, (y, x)
+        Restored image in nJy, finite.
+    sigma : `float`
+        Sigma in pixels of its Gaussian PSF.
+    coadd : `~lsst.coadd.deepprior.plain_coadd.Coadd`
+        Noise of the data.
+    settings : `DetectionSettings`
+        Holds the threshold.
+
+    Returns
+    -------
+    shown : `numpy.ndarray`, (y, x), bool
+        Pixels above the threshold.
+    """
+    return model > settings.threshold * _unit(sigma, coadd)
+
+
+def _unit(sigma: float, coadd: Coadd) -> np.ndarray:
+    """Return the peak, (y, x) in nJy, on the restored image of a point source whose flux is its error."""
+    return gaussian_stamp(sigma).max() / np.sqrt(np.maximum(coadd.information, 1e-30))
 
 
 def significance(fit: JointFit, settings: DetectionSettings) -> np.ndarray:

@@ -29,7 +29,7 @@ import sep
 from astropy import units as u
 from astropy.table import Column, Table
 
-from .deblend import BLEND, DetectionSettings, detect_sources, significance
+from .deblend import BLEND, DetectionSettings, detect_sources, shown, significance
 from .joint_fit import JointFit
 from .moments import adaptive_moments, centroid, peak_offset
 from .plain_coadd import Coadd
@@ -194,11 +194,11 @@ def measure_sources(
     -----
     *Detection.* ``x`` above a low threshold is divided between its peaks; their joint fluxes and errors come
     from the data. What stays below ``min_snr`` is merged into the neighbour it overlaps most or, if it
-    overlaps none, dropped. Peaks above ``min_snr`` in what the fit leaves of ``D`` are added, with the PSF
-    as their template, except near pixels that were rejected as outliers in a visit: what is left there is
-    rather the rest of a trail or a cosmic ray. They are looked for once more in what the fit of all profiles
-    leaves: a source that the restored image merged with a galaxy shows when the galaxy has a profile of its
-    own.
+    overlaps none, dropped. Peaks above ``min_snr`` in what the fit leaves of ``D`` are added, with the PSF as
+    their template, except near pixels that were rejected as outliers in a visit and where ``x`` has no light:
+    what is left there is rather the rest of a trail or a cosmic ray. They are looked for once more in what
+    the fit of all profiles leaves: a source that the restored image merged with a galaxy shows when the
+    galaxy has a profile of its own.
 
     *Flux.* All sources are fitted to ``D`` together, as points, round or elliptical galaxies (see
     `~lsst.coadd.deepprior.source_fit.fit_sources`), whose pixels have, as those of ``D``, the PSF of the cell
@@ -243,7 +243,7 @@ def _detected(inputs: MeasureInputs, settings: DetectionSettings) -> tuple[list[
     # With the slopes, so that a source that the prior has displaced is not found once more beside itself.
     basis = [*templates, *_slopes(templates)]
     fitted = render(basis, JointFit.of(basis, coadd).solution() if basis else np.zeros(0), coadd.shape)
-    templates += _missed(fitted, coadd, inputs.clipped, settings)
+    templates += _missed(fitted, coadd, _doubtful(inputs, settings), settings)
     while templates:
         keep = significance(JointFit.of(templates, coadd), settings) >= settings.min_snr
         if keep.all():
@@ -306,7 +306,7 @@ def _with_profiles(
     found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd, extent=extent[seen])
     # A source that the model merged with a galaxy shows only when the galaxy has a profile of its own.
     fitted = render(found.stamps, found.flux, coadd.shape)
-    late = _missed(fitted, coadd.without(found.sky), inputs.clipped, settings)
+    late = _missed(fitted, coadd.without(found.sky), _doubtful(inputs, settings), settings)
     late = [point for point in late if _apart(point, found.y, found.x, coadd)]
     if late:
         more = _columns_of([], late, inputs)
@@ -370,8 +370,16 @@ def _apart(point: Stamp, y: np.ndarray, x: np.ndarray, coadd: Coadd) -> bool:
     return bool(distance > _LEAST_DISTANCE * coadd.fwhm[coadd.cell(own_y, own_x)])
 
 
+def _doubtful(inputs: MeasureInputs, settings: DetectionSettings) -> np.ndarray:
+    """Return where what is left of the data may be the rest of an outlier: near one, and dark in x."""
+    size = 2 * max(1, round(np.nanmedian(inputs.coadd.fwhm))) + 1
+    model = np.where(np.isfinite(inputs.model), inputs.model, 0.0)
+    near = scipy.ndimage.maximum_filter(inputs.clipped, size)
+    return near & ~shown(model, inputs.target_sigma, inputs.coadd, settings)
+
+
 def _missed(
-    fitted: np.ndarray, coadd: Coadd, clipped: np.ndarray, settings: DetectionSettings
+    fitted: np.ndarray, coadd: Coadd, doubtful: np.ndarray, settings: DetectionSettings
 ) -> list[Stamp]:
     """Find point sources in what a fit leaves of the data (matched filter)."""
     error = 1.0 / np.sqrt(np.maximum(coadd.information, 1e-30))
@@ -381,7 +389,7 @@ def _missed(
     size = 2 * max(1, round(np.nanmedian(coadd.fwhm))) + 1
     significant = coadd.good & (flux >= settings.min_snr * np.hypot(error, floor))
     peaks = significant & (flux / error == scipy.ndimage.maximum_filter(flux / error, size))
-    peaks &= ~scipy.ndimage.maximum_filter(clipped, size)
+    peaks &= ~doubtful
     peaks[[0, -1]], peaks[:, [0, -1]] = False, False
     y, x = np.nonzero(peaks)
     dy, dx = peak_offset(flux, y, x)
