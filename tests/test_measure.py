@@ -243,6 +243,30 @@ def test_what_a_fit_leaves_beside_its_sources_is_no_other():
     assert len(table) == 2
 
 
+def test_smooth_light_that_the_model_lacks_is_no_source():
+    """Stars in front of a nebula of which the restored image shows nothing."""
+    shape, x, y, flux = (110, 130), [41.3, 90.8], [79.6, 35.2], [1000.0, 3000.0]
+    patch = make_inputs(shape, (1, 1), x, y, flux, factor=[0.0, 1.0])
+    grid_y, grid_x = np.indices(shape)
+    nebula = 1.2 * NOISE * (1.0 + np.sin(grid_x / 20.0) * np.sin(grid_y / 18.0))
+    table = measure(dataclasses.replace(patch, residual=patch.residual + nebula))
+    assert list(table["flag_residual_only"]) == [False, True]
+    match(table, x[::-1], y[::-1], 0.5)
+
+
+def test_lumps_of_smooth_light_are_no_sources():
+    """What the restored image makes lumps of is even in the data."""
+    shape, x, y = (90, 110), [90.8], [45.2]
+    patch = make_inputs(shape, (1, 1), x, y, [3000.0])
+    lump_y, lump_x = np.mgrid[20.3:80:25, 15.6:70:27].reshape(2, -1)
+    light = np.full(lump_x.size, 500.0)
+    residual = patch.residual + NOISE - render(shape, lump_x, lump_y, light, 2.0)
+    model = patch.model + render(shape, lump_x, lump_y, light, TARGET)
+    table = measure(dataclasses.replace(patch, model=model, residual=residual))
+    assert len(table) == 1
+    match(table, x, y, 0.5)
+
+
 def test_rest_of_a_clipped_trail_is_no_source():
     """What is left in the residual where a visit was clipped does not enter the catalogue."""
     clipped = np.zeros((130, 90), dtype=bool)

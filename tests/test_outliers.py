@@ -15,7 +15,7 @@ from toy import gaussian_stars, observe
 from lsst.coadd.deepprior.baselines import maximum_likelihood
 from lsst.coadd.deepprior.noise import CoaddLayers, coadd_layers
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.outliers import find_outliers, outlier_table
+from lsst.coadd.deepprior.outliers import find_outliers, local_level, outlier_table, shared_deficit
 from lsst.coadd.deepprior.patch_data import PatchData
 
 LAYOUT = CellLayout(2, 3, 40, 36)
@@ -130,3 +130,74 @@ def test_table_of_outliers() -> None:
     empty = outlier_table([], visits, ORIGIN, lambda x, y: (x, y))
     assert len(empty) == 0
     assert empty.colnames == table.colnames
+
+
+def oversubtracted(depth: float, width: float) -> np.ndarray:
+    """Draw a bowl with its middle at x = 60, y = 35."""
+    y, x = np.mgrid[: LAYOUT.shape[0], : LAYOUT.shape[1]]
+    return -depth * np.exp(-0.5 * ((x - 60.0) ** 2 + (y - 35.0) ** 2) / width**2)
+
+
+@pytest.mark.parametrize(("depth", "width"), [(0.5, 1e3), (1.0, 25.0)])
+def test_sky_that_all_visits_lack_is_no_outlier(depth: float, width: float) -> None:
+    """The image is not negative: all of it is in the residual, and none of it is clipped."""
+    visits = observe(LAYOUT, [], [1.5, 1.6, 2.0, 1.8, 1.7, 1.6, 1.9], seed=6)
+    sky = oversubtracted(depth, width)
+    for visit in visits:
+        visit.flux[...] += sky.astype(np.float32)
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    layers = coadd_layers(data, torch.zeros(data.shape), visits)
+    assert layers.outliers == []
+    assert not layers.clipped.any()
+    assert np.mean(layers.residual) == pytest.approx(np.mean(sky), abs=0.02)
+
+
+def test_outliers_are_found_where_the_sky_was_oversubtracted() -> None:
+    """What one visit shows, or lacks, has the flux that it has beside that sky."""
+    visits = observe(LAYOUT, [], SIGMAS, seed=6)
+    for visit in visits:
+        visit.flux[...] -= 0.5
+    visits[2].flux[...] += gaussian_stars(LAYOUT.shape, [(36.3, 39.6, 300.0)], SIGMAS[2]).astype(np.float32)
+    visits[4].flux[...] -= gaussian_stars(LAYOUT.shape, [(80.4, 21.2, 300.0)], SIGMAS[4]).astype(np.float32)
+    data = PatchData(visits, LAYOUT, SIGMA, margin=8)
+    transient, hole = coadd_layers(data, torch.zeros(data.shape), visits).outliers
+    assert (transient.visit, hole.visit) == (2, 4)
+    assert (transient.x, transient.y) == pytest.approx((36.3, 39.6), abs=0.25)
+    assert transient.psf_flux == pytest.approx(300.0, abs=3.0 * transient.psf_flux_err)
+    assert hole.psf_flux == pytest.approx(-300.0, abs=3.0 * hole.psf_flux_err)
+
+
+@pytest.mark.parametrize(("sky", "n_passes"), [(0.0, 1), (-0.5, 2)])
+def test_visits_are_judged_again_where_most_lack_light(
+    sky: float, n_passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits = observe(LAYOUT, [], SIGMAS, seed=6)
+    visits[1].flux[60:62, 5:100] += 12.0
+    for visit in visits:
+        visit.flux[...] += sky
+    data, passes = PatchData(visits, LAYOUT, SIGMA, margin=8), []
+    all_visits = data.visits
+    monkeypatch.setattr(data, "visits", lambda: passes.append(True) or all_visits())
+    coadd_layers(data, torch.zeros(data.shape), visits)
+    assert len(passes) == n_passes
+
+
+def test_the_deficit_is_what_most_visits_share() -> None:
+    """Squares of 32 pixels, of which the last ones are cut off at 70 by 45."""
+    rng = np.random.default_rng(4)
+    residual = torch.as_tensor(2.0 * rng.standard_normal((4, 70, 45)), dtype=torch.float32)
+    residual[:, :32] -= torch.tensor([1.0, 1.4, 1.6, 9.0])[:, None, None]
+    residual[:2, 32:64] -= 1.0
+    residual[:, 64:] += 1.0
+    good = torch.ones(70, 45, dtype=torch.bool)
+    good[:32, 32:] = False
+    measured = [local_level(one, torch.full((70, 45), 2.0), good) for one in residual]
+    levels, noise = (torch.stack(images) for images in zip(*measured, strict=True))
+    assert levels.shape == noise.shape == (4, 3, 2)
+    assert levels[:, 0, 0].tolist()[:3] == pytest.approx([-1.0, -1.4, -1.6], abs=0.2)
+    assert bool(levels[:, 0, 1].isnan().all())
+    assert noise[0, 1, 1] == pytest.approx(2.0)
+    deficit = shared_deficit(levels, noise, (70, 45))
+    assert deficit.shape == (70, 45)
+    assert deficit[:16, :16].mean() == pytest.approx(-1.4, abs=0.15)
+    assert not deficit[48:].any()

@@ -43,6 +43,14 @@ _LEAST_DISTANCE = 0.5
 """Distance in FWHM below which what a fitted source leaves of the data is taken as its own: two templates so
 near to each other share the flux at random."""
 
+_RING = (1.5, 2.5)
+"""Half the sides in FWHM of the square ring above which a source must rise that the restored image does not
+show: smooth light is none."""
+
+_LEAST_SHARE = 0.6
+"""Part of the least S/N that a flux of a source must have in the end. That of a galaxy falls with what is not
+known of its shape; what was found on smooth light has none above the sky."""
+
 _UNSEEN_EXTENT = 1.5
 """Radius in FWHM of the region in which a source that the restored image does not show may be brighter than
 the noise; of a point with a S/N of 10 it is 1."""
@@ -196,9 +204,11 @@ def measure_sources(
     from the data. What stays below ``min_snr`` is merged into the neighbour it overlaps most or, if it
     overlaps none, dropped. Peaks above ``min_snr`` in what the fit leaves of ``D`` are added, with the PSF as
     their template, except near pixels that were rejected as outliers in a visit and where ``x`` has no light:
-    what is left there is rather the rest of a trail or a cosmic ray. They are looked for once more in what
-    the fit of all profiles leaves: a source that the restored image merged with a galaxy shows when the
-    galaxy has a profile of its own.
+    what is left there is rather the rest of a trail or a cosmic ray. Such a peak must rise above its
+    surroundings, so that smooth light, of a nebula, is none. They are looked for once more in what the fit of
+    all profiles leaves: a source that the restored image merged with a galaxy shows when the galaxy has a
+    profile of its own. Sources that in the end have lost their light to the sky and to their neighbours are
+    left out.
 
     *Flux.* All sources are fitted to ``D`` together, as points, round or elliptical galaxies (see
     `~lsst.coadd.deepprior.source_fit.fit_sources`), whose pixels have, as those of ``D``, the PSF of the cell
@@ -227,6 +237,7 @@ def measure_sources(
     columns |= _places(y, x, columns["coadd_fwhm"], inputs)
     columns["ra"], columns["dec"] = pixel_to_sky(columns["x"], columns["y"])
     order = np.argsort(-columns["flux"], kind="stable")
+    order = order[~_faded(columns, settings)[order]]
     columns = {name: values[order] for name, values in columns.items()}
     columns["id"] = np.arange(1, len(order) + 1)
     return _table(columns)
@@ -386,14 +397,32 @@ def _missed(
     matched = np.maximum(coadd.matched, 1e-30)
     flux = coadd.correlate(coadd.weight * (coadd.image - fitted), power=1) / matched
     floor = settings.psf_error * np.abs(coadd.correlate(coadd.weight * fitted, power=1)) / matched
-    size = 2 * max(1, round(np.nanmedian(coadd.fwhm))) + 1
-    significant = coadd.good & (flux >= settings.min_snr * np.hypot(error, floor))
+    fwhm = float(np.nanmedian(coadd.fwhm))
+    size = 2 * max(1, round(fwhm)) + 1
+    around = _around(flux, coadd.good, fwhm)
+    significant = coadd.good & (flux - np.maximum(around, 0.0) >= settings.min_snr * np.hypot(error, floor))
     peaks = significant & (flux / error == scipy.ndimage.maximum_filter(flux / error, size))
     peaks &= ~doubtful
     peaks[[0, -1]], peaks[:, [0, -1]] = False, False
     y, x = np.nonzero(peaks)
     dy, dx = peak_offset(flux, y, x)
     return [coadd.point(*position) for position in zip(y + dy, x + dx, strict=True)]
+
+
+def _faded(columns: Mapping[str, np.ndarray], settings: DetectionSettings) -> np.ndarray:
+    """Return which sources have no light left above the sky and beside their neighbours, in either flux."""
+    snr = [columns[name] / columns[f"{name}_err"] for name in ("flux", "psf_flux")]
+    return np.fmax(*snr) < _LEAST_SHARE * settings.min_snr
+
+
+def _around(image: np.ndarray, good: np.ndarray, fwhm: float) -> np.ndarray:
+    """Return the mean of an image in a square ring around each pixel, where no light of a point source is."""
+    sums = np.zeros((2, *image.shape))
+    for radius, sign in zip(_RING, (-1.0, 1.0), strict=True):
+        size = 2 * round(radius * fwhm) + 1
+        for total, values in zip(sums, (np.where(good, image, 0.0), good.astype(float)), strict=True):
+            total += sign * size**2 * scipy.ndimage.uniform_filter(values, size, mode="constant")
+    return sums[0] / np.maximum(sums[1], 1.0)
 
 
 def _point_and_aperture_fluxes(

@@ -21,7 +21,14 @@ from .finer import own_stamp, spread_layers
 from .noise_correlation import correlated_noise
 from .observation import Observation
 from .operators import CellLayout
-from .outliers import OUTLIER_PSF_ERROR, Outlier, find_outliers, outliers_of_visit
+from .outliers import (
+    OUTLIER_PSF_ERROR,
+    Outlier,
+    find_outliers,
+    local_level,
+    outliers_of_visit,
+    shared_deficit,
+)
 from .patch_data import PatchData
 
 _MIN_VISITS_FOR_OUTLIERS = 3
@@ -89,6 +96,10 @@ def entering_visits(data: PatchData) -> np.ndarray:
 def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[Observation]) -> CoaddLayers:
     """Coadd the visits, and what the model leaves of them, in one pass.
 
+    Where most visits lie below the model, which cannot be negative, they are judged once more, in another
+    pass: an outlier must be far from the model and from what they share (see
+    `~lsst.coadd.deepprior.outliers.shared_deficit`).
+
     Parameters
     ----------
     data : `~lsst.coadd.deepprior.patch_data.PatchData`
@@ -103,11 +114,85 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
     layers : `CoaddLayers`
         Both coadds with the same weights, so that ``coadd - residual`` is the model at the PSF of the coadd.
     """
-    layout, step = data.layout, data.sampling
-    enters = entering_visits(data)
-    weight = np.where(enters, data.weight, 0.0)
-    inner = data.sampled
-    shape = (layout.shape[0] // step, layout.shape[1] // step)
+    step = data.sampling
+    weight = np.where(entering_visits(data), data.weight, 0.0)
+    ny, nx = data.layout.shape
+    deficit = torch.zeros((ny // step, nx // step), dtype=data.dtype, device=data.device)
+    sums = _sums(data, latent, observations, weight, deficit)
+    if sums.found:
+        levels, noise = (torch.stack(images) for images in zip(*sums.levels, strict=True))
+        shared = shared_deficit(levels, noise, (ny // step, nx // step))
+        if bool((shared.cpu().numpy()[sums.n_rejected > 0] < 0.0).any()):
+            deficit = shared
+            sums = _sums(data, latent, observations, weight, deficit)
+    # Where half of the visits or more are far from the model, it is the model that is wrong.
+    clipped = (sums.n_rejected > 0) & (2 * sums.n_rejected < sums.count)
+    total = sums.total
+    for pixels, values in sums.set_apart:
+        kept = ~clipped.ravel()[pixels]
+        total.reshape(5, -1)[:, pixels[kept]] += values[:, kept]
+    n_visits = (sums.count - np.where(clipped, sums.n_rejected, 0)).astype(np.int16)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        coadd, residual_coadd, variance = total[1] / total[0], total[2] / total[0], total[3] / total[0] ** 2
+        psf = sums.psf / weight.sum(axis=0)[:, :, None, None]
+    layers = CoaddLayers(
+        coadd=coadd.astype(np.float32),
+        residual=residual_coadd.astype(np.float32),
+        variance=variance.astype(np.float32),
+        psf=psf,
+        n_visits=n_visits,
+        n_good=sums.n_good,
+        masked=n_visits < sums.n_entering,
+        clipped=clipped,
+        weight=weight,
+        outliers=_rejected(data, latent, observations, weight, deficit, sums.found, clipped),
+        chi2=float(total[4].sum(dtype=np.float64)) / max(int(n_visits.sum()), 1),
+    )
+    return layers if step == 1 else spread_layers(layers, step)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Sums:
+    """Sums over the visits of one pass, without the outliers of each.
+
+    Parameters
+    ----------
+    total : `numpy.ndarray`, (5, y, x)
+        Sums of weights, of weighted data, of weighted residuals, of variances and of squared deviations.
+    set_apart : `list` [`tuple` [`numpy.ndarray`, `numpy.ndarray`]]
+        Pixels that are outliers of a visit, by their number in the patch, and their terms of these sums.
+    count, n_good, n_rejected, n_entering : `numpy.ndarray`, (y, x), int16
+        Number of visits that enter the coadds with a good pixel, that have one, that have an outlier, and
+        that enter the cell.
+    psf : `numpy.ndarray`, (i, j, k, k)
+        Weighted sum of the PSFs.
+    found : `list` [`~lsst.coadd.deepprior.outliers.Outlier`]
+        The outliers.
+    levels : `list` [`tuple` [`torch.Tensor`, `torch.Tensor`]]
+        What `~lsst.coadd.deepprior.outliers.local_level` says of each visit, if outliers were looked for.
+    """
+
+    total: np.ndarray
+    set_apart: list[tuple[np.ndarray, np.ndarray]]
+    count: np.ndarray
+    n_good: np.ndarray
+    n_rejected: np.ndarray
+    n_entering: np.ndarray
+    psf: np.ndarray
+    found: list[Outlier]
+    levels: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _sums(
+    data: PatchData,
+    latent: torch.Tensor,
+    observations: Sequence[Observation],
+    weight: np.ndarray,
+    deficit: torch.Tensor,
+) -> _Sums:
+    """Read the visits once; outliers are far from the model and from the sum of model and deficit."""
+    layout, step, inner = data.layout, data.sampling, data.sampled
+    shape = tuple(deficit.shape)
     # Outliers are added at the end, where they count: in a sum with one of 1e8 the other visits are lost.
     total = np.zeros((5, *shape), dtype=np.float32)
     set_apart: list[tuple[np.ndarray, np.ndarray]] = []
@@ -115,6 +200,8 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
     reject = int((data.weight > 0.0).any(axis=(1, 2)).sum()) >= _MIN_VISITS_FOR_OUTLIERS
     psf = np.zeros((layout.n_i, layout.n_j, 1, 1))
     found: list[Outlier] = []
+    levels: list[tuple[torch.Tensor, torch.Tensor]] = []
+    oversubtracted = bool(deficit.any())
     for index, visit in data.visits():
         prediction = visit.kernel.forward(latent)
         residual = visit.flux - prediction
@@ -137,10 +224,17 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         n_entering += pixel_weight > 0
         if reject:
             scale = data.scale(visit, prediction, OUTLIER_PSF_ERROR)
-            outlier = find_outliers(residual[inner], scale[inner], good[inner]).cpu().numpy() & (w > 0)
+            own, scale, usable = residual[inner], scale[inner], good[inner]
+            far = find_outliers(own, scale, usable)
+            if oversubtracted:
+                far &= find_outliers(own - deficit, scale, usable)
+            outlier = far.cpu().numpy() & (w > 0)
+            levels.append(local_level(own, scale, usable))
             n_rejected += outlier
             psf_at = functools.partial(_stamp_at, observations[index].psf, layout, step)
-            found += outliers_of_visit(index, outlier, difference, variance, w > 0, psf_at)
+            found += outliers_of_visit(
+                index, outlier, difference - deficit.cpu().numpy(), variance, w > 0, psf_at
+            )
             pixels = np.flatnonzero(outlier)
             set_apart.append((pixels, np.stack([term.ravel()[pixels] for term in terms])))
             for term in terms:
@@ -148,29 +242,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         for one, term in zip(total, terms, strict=True):
             one += term
         psf = _add_stamps(psf, weight[index][:, :, None, None] * np.nan_to_num(observations[index].psf))
-    # Where half of the visits or more are far from the model, it is the model that is wrong.
-    clipped = (n_rejected > 0) & (2 * n_rejected < count)
-    for pixels, values in set_apart:
-        kept = ~clipped.ravel()[pixels]
-        total.reshape(5, -1)[:, pixels[kept]] += values[:, kept]
-    n_visits = (count - np.where(clipped, n_rejected, 0)).astype(np.int16)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        coadd, residual_coadd, variance = total[1] / total[0], total[2] / total[0], total[3] / total[0] ** 2
-        psf /= weight.sum(axis=0)[:, :, None, None]
-    layers = CoaddLayers(
-        coadd=coadd.astype(np.float32),
-        residual=residual_coadd.astype(np.float32),
-        variance=variance.astype(np.float32),
-        psf=psf,
-        n_visits=n_visits,
-        n_good=n_good,
-        masked=n_visits < n_entering,
-        clipped=clipped,
-        weight=weight,
-        outliers=_rejected(data, latent, observations, weight, found, clipped),
-        chi2=float(total[4].sum(dtype=np.float64)) / max(int(n_visits.sum()), 1),
-    )
-    return layers if step == 1 else spread_layers(layers, step)
+    return _Sums(total, set_apart, count, n_good, n_rejected, n_entering, psf, found, levels)
 
 
 def _rejected(
@@ -178,6 +250,7 @@ def _rejected(
     latent: torch.Tensor,
     observations: Sequence[Observation],
     weight: np.ndarray,
+    deficit: torch.Tensor,
     found: list[Outlier],
     clipped: np.ndarray,
 ) -> list[Outlier]:
@@ -190,7 +263,7 @@ def _rejected(
         for group in partly:
             if group.visit == index:
                 outlier[group.pixels] = clipped[group.pixels]
-        difference = (visit.flux - visit.kernel.forward(latent))[inner].cpu().numpy()
+        difference = ((visit.flux - visit.kernel.forward(latent))[inner] - deficit).cpu().numpy()
         usable = (visit.weight[inner] > 0).cpu().numpy()
         usable &= data.pixel_weight(weight[index].astype(np.float32))[::step, ::step] > 0
         variance = np.where(usable, visit.variance[inner].cpu().numpy(), 1.0)

@@ -7,7 +7,15 @@
 
 from __future__ import annotations
 
-__all__ = ("OUTLIER_PSF_ERROR", "Outlier", "find_outliers", "outlier_table", "outliers_of_visit")
+__all__ = (
+    "OUTLIER_PSF_ERROR",
+    "Outlier",
+    "find_outliers",
+    "local_level",
+    "outlier_table",
+    "outliers_of_visit",
+    "shared_deficit",
+)
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -34,6 +42,14 @@ pixel, or varies by some per cent, is not rejected."""
 
 _OUTLIER_SMOOTHING = 1.5
 """Sigma in pixels of the Gaussian that gathers faint trails, a little narrower than usual seeing."""
+
+_SQUARE = 32
+"""Side in pixels of the squares that levels are measured in: smaller than the bowl that the subtraction of a
+local background leaves around a galaxy, and a level is known to 3 % of the noise of a pixel."""
+
+_LEAST_LEVEL = 0.1
+"""Smallest deficit in standard deviations of a pixel. It shifts the smoothed deviations, whose noise is
+five times smaller, by half a standard deviation."""
 
 
 def find_outliers(residual: torch.Tensor, scale: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
@@ -64,6 +80,59 @@ def find_outliers(residual: torch.Tensor, scale: torch.Tensor, good: torch.Tenso
     )
     together = torch.where(good, smooth / norm.clamp_min(1e-6).sqrt(), 0.0)
     return _grown_peaks(deviation.abs(), 1) | _grown_peaks(together.abs(), 3)
+
+
+def local_level(
+    residual: torch.Tensor, scale: torch.Tensor, good: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Measure how far a visit lies above its model, square by square.
+
+    With :math:`d = (y - K u) / s`, good pixels m and sums over a square, it is the robust mean
+
+    .. math:: l = \frac{\sum m\, \mathrm{clip}(d, \pm 2.5) / s}{\sum m / s^2}.
+
+    Parameters
+    ----------
+    residual, scale, good : `torch.Tensor`, (y, x)
+        See `find_outliers`.
+
+    Returns
+    -------
+    level : `torch.Tensor`, (i, j)
+        The level in the unit of ``residual``, NaN without a good pixel.
+    noise : `torch.Tensor`, (i, j)
+        Standard deviation of a pixel, likewise.
+    """
+    inverse = torch.where(good, 1.0 / scale, 0.0)
+    pull = (residual * inverse).clamp(-_OUTLIER_RIM_SIGMA, _OUTLIER_RIM_SIGMA) * inverse
+    images = torch.stack([pull, inverse.square(), good.to(scale.dtype)])
+    pull, weight, n_good = torch.nn.functional.avg_pool2d(images, _SQUARE, ceil_mode=True)
+    return pull / weight, (n_good / weight).sqrt()
+
+
+def shared_deficit(levels: torch.Tensor, noise: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Return how far most visits lie below a model that cannot be negative: sky that was oversubtracted.
+
+    It is the median of their levels, the upper one of two, and 0 where that is positive or too small to make
+    outliers.
+
+    Parameters
+    ----------
+    levels, noise : `torch.Tensor`, (visit, i, j)
+        What `local_level` returns of each visit.
+    shape : `tuple` [`int`, `int`]
+        Shape of the images of the visits.
+
+    Returns
+    -------
+    deficit : `torch.Tensor`, (y, x)
+        Not positive, in the unit of ``levels``; linear between the centres of the squares.
+    """
+    upper_median = -(-levels).nanmedian(dim=0).values
+    least = _LEAST_LEVEL * noise.nan_to_num(torch.inf).amin(dim=0)
+    level = torch.where(upper_median < -least, upper_median, 0.0)[None, None]
+    smooth = torch.nn.functional.interpolate(level, scale_factor=_SQUARE, mode="bilinear")
+    return smooth[0, 0, : shape[0], : shape[1]]
 
 
 def _smoothed(image: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
