@@ -30,7 +30,7 @@ from .numerical_settings import MAX_SEED
 from .progress import ProgressLines
 from .psf import SAMPLED_FWHM
 from .training_data import TrainingDataError, butler_data, file_data, scene_data
-from .training_run import train_network
+from .training_run import check_checkpoint, train_network
 from .warp_files import InvalidWarpFileError
 from .warps import InvalidWarpError
 
@@ -147,6 +147,7 @@ def train_command(
     with contextlib.ExitStack() as stack:
         report = stack.enter_context(show_progress())
         try:
+            check_checkpoint(checkpoint, settings)
             if scenes is not None:
                 data = scene_data(scenes, seed, report)
                 source = ["--scenes", str(scenes)]
