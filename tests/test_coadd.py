@@ -70,7 +70,7 @@ def restoration() -> SimpleNamespace:
     n_visits[7, 8] = 0
     n_visits[cell(1, 2)] = 0
     masked, clipped, prior_carried = (np.zeros((NY, NX), dtype=bool) for _ in range(3))
-    masked[1, 2] = masked[3, 4] = True
+    masked[1, 2] = masked[3, 4] = masked[11, 12] = True
     clipped[5, 6] = True
     prior_carried[9, 10:13] = True
     residual = rng.normal(size=(NY, NX)).astype(np.float32)
@@ -183,7 +183,7 @@ def test_mask_planes(coadds: tuple[CellCoadd, CellCoadd]) -> None:
         assert where(coadd, "INTRP") == set()
         assert where(coadd, "CLIPPED") == {(5, 6)}
         assert where(coadd, "REJECTED") == {(1, 2), (3, 4), (5, 6)}
-        assert where(coadd, "INEXACT_PSF") == {(1, 2), (3, 4), (5, 6)}
+        assert where(coadd, "INEXACT_PSF") == {(1, 2), (3, 4), (5, 6), (11, 12)}
         assert where(coadd, "PRIOR_CARRIED") == {(7, 8), (9, 10), (9, 11), (9, 12)}
         assert where(coadd, "DETECTED") == set()
         few = coadd.mask.get("FEW_VISITS")
@@ -269,7 +269,7 @@ def test_planes_of_other_names_and_missing_psf(warps: list[Warp]) -> None:
     mask = Mask(schema=MaskSchema([MaskPlane(name, name) for name in names]), bbox=warp.bbox)
     for x, name in enumerate(names):
         pixels = np.zeros((NY, NX), dtype=bool)
-        pixels[2, x] = True
+        pixels[2, [x, 50]] = True
         mask.set(name, pixels)
     stamps = warp.psf_stamps.copy()
     stamps[0, 1] = np.nan
@@ -279,7 +279,7 @@ def test_planes_of_other_names_and_missing_psf(warps: list[Warp]) -> None:
     planes = InputPlanes(warp.patch)
     planes.add(warp, ["SATURATED"])
     found = {name: np.argwhere(pixels).tolist() for name, pixels in planes.planes.items()}
-    # The visit has no PSF in the cell of (4, 40): it is not rejected there, it is not there.
+    # The visit has no PSF in the cell of (4, 40) and (2, 50): it is not rejected there, it is not there.
     assert found == {"SAT": [[2, 0]], "CR": [[2, 1]], "INTRP": [[2, 2]], "REJECTED": [[2, 0], [4, 5]]}
     assert np.isnan(planes.fractions["rejected"][cell(0, 1)]).all()
     assert planes.fractions["rejected"][4, 5] == 1.0
