@@ -23,7 +23,6 @@ from . import __version__
 from .estimate_command import estimate_command
 from .finer_skymap_dataset import DEFAULT_FINER_SKYMAP_RUN, register_finer_skymap
 from .ingest import DEFAULT_RUN, DEFAULT_SKYMAP, IngestError, ingest_warp_files
-from .numerical_settings import MAX_SEED
 from .progress import counted
 from .repositories import check_run_name, open_repository
 from .simulate import SceneConfig, write_scene
@@ -132,7 +131,7 @@ def finer_skymap(repo: str, skymap: str, oversampling: str, run: str) -> None:
     "--cells", nargs=2, default=(2, 2), type=click.IntRange(min=1), help="Rows and columns of cells."
 )
 @click.option("--cell-size", default=150, type=click.IntRange(min=16), help="Width of a cell in pixels.")
-@click.option("--seed", default=1, type=click.IntRange(0, MAX_SEED), help="Seed of all random numbers.")
+@click.option("--seed", default=1, type=click.IntRange(min=0), help="Seed of all random numbers.")
 def simulate(
     outdir: Path, patches: int, bands: str, visits: int, cells: tuple[int, int], cell_size: int, seed: int
 ) -> None:
