@@ -231,6 +231,7 @@ def test_provenance(
     row = in_coadd[warps[1].visit, 0, 0]
     assert row["weight"] == restoration.cell_weight[1, 0, 0]
     assert row["unmasked_fraction"] == pytest.approx(1.0 - 2.0 / 1440.0)
+    assert row["overlap_fraction"] == 1.0
     assert row["psf_shape_xx"] == pytest.approx(warps[1].info.psf_shapes[0, 0, 0])
     assert not row["psf_shape_flag"]
     row = in_coadd[third, 1, 0]
@@ -253,10 +254,13 @@ def test_a_cell_that_only_the_border_of_a_visit_reaches(
     restoration.cell_good_fraction[2, 1, 2] = 0.25
     restoration.residual[40:50, 72:] = 1.0
     warps, planes = inputs
-    coadd, residual = make_coadds(
-        restoration, [w.info for w in warps], planes, sky_projection=scene.sky_projection, band="r"
-    )
+    infos = [
+        dataclasses.replace(w.info, aperture_corrections={"base_PsfFlux_instFlux": np.full((2, 3), 1.0 + t)})
+        for t, w in enumerate(warps)
+    ]
+    coadd, residual = make_coadds(restoration, infos, planes, sky_projection=scene.sky_projection, band="r")
     assert not coadd.bounds.missing
+    assert coadd.aperture_corrections["base_PsfFlux_instFlux"].value_in_cell(CellIJ(i=1, j=2)) == 3.0
     np.testing.assert_array_equal(coadd.mask.get("NO_DATA")[40:, 72:].all(axis=1), [False] * 10 + [True] * 30)
     assert residual.bounds.missing == {CellIJ(i=1, j=2)}
     assert np.isnan(residual.image.array[cell(1, 2)]).all()
