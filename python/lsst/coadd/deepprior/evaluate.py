@@ -312,7 +312,7 @@ def evaluate(
     Parameters
     ----------
     coadd : `~lsst.coadd.deepprior.plain_coadd.Coadd`
-        The plain coadd.
+        The plain coadd; the PSF of the first cell that has one stands for that of all.
     model : `numpy.ndarray`, (y, x)
         Restored image in nJy.
     target_sigma : `float`
