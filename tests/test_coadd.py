@@ -18,7 +18,7 @@ from lsst.coadd.deepprior.cells import make_cell_psf
 from lsst.coadd.deepprior.coadd import MASK_SCHEMA, InputPlanes, make_coadds
 from lsst.coadd.deepprior.simulate import Scene
 from lsst.coadd.deepprior.warps import Warp
-from lsst.images import Box, Mask, MaskPlane, MaskSchema
+from lsst.images import Box, Mask, MaskPlane, MaskSchema, Polygon
 from lsst.images.cells import CellCoadd, CellIJ
 
 # The scene has 2x3 cells of 40x36 pixels.
@@ -237,6 +237,21 @@ def test_provenance(
     row = in_coadd[third, 1, 0]
     assert (row["overlap_fraction"], row["weight"]) == (0.25, 0.0)
     assert not row["overlaps_center"]
+
+
+def test_provenance_of_a_visit_that_ends_before_its_detector_and_of_one_that_is_not_used(
+    restoration: Any, inputs: tuple[list[Warp], InputPlanes], scene: Scene
+) -> None:
+    warps, planes = inputs
+    infos = [warp.info for warp in warps]
+    (detector,) = infos[2].detectors
+    infos[2] = dataclasses.replace(infos[2], detectors={detector: Polygon.from_box(scene.patch.outer_bbox)})
+    restoration.cell_good_fraction[0] = restoration.cell_weight[0] = 0.0
+    for coadd in make_coadds(restoration, infos, planes, sky_projection=scene.sky_projection, band="r"):
+        assert list(coadd.provenance.inputs["visit"]) == [info.visit for info in infos[1:]]
+        rows = [row for row in coadd.provenance.contributions if row["visit"] == infos[2].visit]
+        assert [row["overlaps_center"] for row in rows] == [row["cell_i"] == 0 for row in rows]
+    assert {row["visit"] for row in coadd.provenance.contributions} == {info.visit for info in infos[1:]}
 
 
 def test_subimages_can_be_cut_out(coadds: tuple[CellCoadd, CellCoadd]) -> None:
