@@ -166,9 +166,11 @@ def test_evaluation_of_a_poor_catalogue() -> None:
     field = vstack([stars, truth([(365.0, 535.4, 3000.0, -1), (330.7, 580.0, 500.0, -1)], "galaxy")])
     model = render(field, SIGMA, BOX)
     zero, variance = np.zeros(BOX.shape), np.full(BOX.shape, NOISE**2)
-    # The second star has no data.
-    variance[65:95, 55:85] = np.nan
+    # There are no data in the core of the second star.
+    variance[79:82, 69:72] = np.nan
     coadd = Coadd(model, SIGMA, zero, variance, gaussian_stamp(COADD_SIGMA, 25)[None, None])
+    found = coadd_detections(coadd, (BOX.y.start, BOX.x.start))
+    assert np.hypot(found.x - 370.0, found.y - 580.0).min() > 5.0
     sources = Table(
         {
             "x": [331.3, 306.8, 365.0, 330.7, 350.0],
