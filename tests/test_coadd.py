@@ -18,7 +18,7 @@ from lsst.coadd.deepprior.cells import make_cell_psf
 from lsst.coadd.deepprior.coadd import MASK_SCHEMA, InputPlanes, make_coadds
 from lsst.coadd.deepprior.simulate import Scene
 from lsst.coadd.deepprior.warps import Warp
-from lsst.images import Box, Mask, MaskPlane, MaskSchema
+from lsst.images import Box, Mask, MaskPlane, MaskSchema, Polygon
 from lsst.images.cells import CellCoadd, CellIJ
 
 # The scene has 2x3 cells of 40x36 pixels.
@@ -70,7 +70,7 @@ def restoration() -> SimpleNamespace:
     n_visits[7, 8] = 0
     n_visits[cell(1, 2)] = 0
     masked, clipped, prior_carried = (np.zeros((NY, NX), dtype=bool) for _ in range(3))
-    masked[1, 2] = masked[3, 4] = True
+    masked[1, 2] = masked[3, 4] = masked[11, 12] = True
     clipped[5, 6] = True
     prior_carried[9, 10:13] = True
     residual = rng.normal(size=(NY, NX)).astype(np.float32)
@@ -183,7 +183,7 @@ def test_mask_planes(coadds: tuple[CellCoadd, CellCoadd]) -> None:
         assert where(coadd, "INTRP") == set()
         assert where(coadd, "CLIPPED") == {(5, 6)}
         assert where(coadd, "REJECTED") == {(1, 2), (3, 4), (5, 6)}
-        assert where(coadd, "INEXACT_PSF") == {(1, 2), (3, 4), (5, 6)}
+        assert where(coadd, "INEXACT_PSF") == {(1, 2), (3, 4), (5, 6), (11, 12)}
         assert where(coadd, "PRIOR_CARRIED") == {(7, 8), (9, 10), (9, 11), (9, 12)}
         assert where(coadd, "DETECTED") == set()
         few = coadd.mask.get("FEW_VISITS")
@@ -231,11 +231,27 @@ def test_provenance(
     row = in_coadd[warps[1].visit, 0, 0]
     assert row["weight"] == restoration.cell_weight[1, 0, 0]
     assert row["unmasked_fraction"] == pytest.approx(1.0 - 2.0 / 1440.0)
+    assert row["overlap_fraction"] == 1.0
     assert row["psf_shape_xx"] == pytest.approx(warps[1].info.psf_shapes[0, 0, 0])
     assert not row["psf_shape_flag"]
     row = in_coadd[third, 1, 0]
     assert (row["overlap_fraction"], row["weight"]) == (0.25, 0.0)
     assert not row["overlaps_center"]
+
+
+def test_provenance_of_a_visit_that_ends_before_its_detector_and_of_one_that_is_not_used(
+    restoration: Any, inputs: tuple[list[Warp], InputPlanes], scene: Scene
+) -> None:
+    warps, planes = inputs
+    infos = [warp.info for warp in warps]
+    (detector,) = infos[2].detectors
+    infos[2] = dataclasses.replace(infos[2], detectors={detector: Polygon.from_box(scene.patch.outer_bbox)})
+    restoration.cell_good_fraction[0] = restoration.cell_weight[0] = 0.0
+    for coadd in make_coadds(restoration, infos, planes, sky_projection=scene.sky_projection, band="r"):
+        assert list(coadd.provenance.inputs["visit"]) == [info.visit for info in infos[1:]]
+        rows = [row for row in coadd.provenance.contributions if row["visit"] == infos[2].visit]
+        assert [row["overlaps_center"] for row in rows] == [row["cell_i"] == 0 for row in rows]
+    assert {row["visit"] for row in coadd.provenance.contributions} == {info.visit for info in infos[1:]}
 
 
 def test_subimages_can_be_cut_out(coadds: tuple[CellCoadd, CellCoadd]) -> None:
@@ -253,10 +269,13 @@ def test_a_cell_that_only_the_border_of_a_visit_reaches(
     restoration.cell_good_fraction[2, 1, 2] = 0.25
     restoration.residual[40:50, 72:] = 1.0
     warps, planes = inputs
-    coadd, residual = make_coadds(
-        restoration, [w.info for w in warps], planes, sky_projection=scene.sky_projection, band="r"
-    )
+    infos = [
+        dataclasses.replace(w.info, aperture_corrections={"base_PsfFlux_instFlux": np.full((2, 3), 1.0 + t)})
+        for t, w in enumerate(warps)
+    ]
+    coadd, residual = make_coadds(restoration, infos, planes, sky_projection=scene.sky_projection, band="r")
     assert not coadd.bounds.missing
+    assert coadd.aperture_corrections["base_PsfFlux_instFlux"].value_in_cell(CellIJ(i=1, j=2)) == 3.0
     np.testing.assert_array_equal(coadd.mask.get("NO_DATA")[40:, 72:].all(axis=1), [False] * 10 + [True] * 30)
     assert residual.bounds.missing == {CellIJ(i=1, j=2)}
     assert np.isnan(residual.image.array[cell(1, 2)]).all()
@@ -269,7 +288,7 @@ def test_planes_of_other_names_and_missing_psf(warps: list[Warp]) -> None:
     mask = Mask(schema=MaskSchema([MaskPlane(name, name) for name in names]), bbox=warp.bbox)
     for x, name in enumerate(names):
         pixels = np.zeros((NY, NX), dtype=bool)
-        pixels[2, x] = True
+        pixels[2, [x, 50]] = True
         mask.set(name, pixels)
     stamps = warp.psf_stamps.copy()
     stamps[0, 1] = np.nan
@@ -279,7 +298,7 @@ def test_planes_of_other_names_and_missing_psf(warps: list[Warp]) -> None:
     planes = InputPlanes(warp.patch)
     planes.add(warp, ["SATURATED"])
     found = {name: np.argwhere(pixels).tolist() for name, pixels in planes.planes.items()}
-    # The visit has no PSF in the cell of (4, 40): it is not rejected there, it is not there.
+    # The visit has no PSF in the cell of (4, 40) and (2, 50): it is not rejected there, it is not there.
     assert found == {"SAT": [[2, 0]], "CR": [[2, 1]], "INTRP": [[2, 2]], "REJECTED": [[2, 0], [4, 5]]}
     assert np.isnan(planes.fractions["rejected"][cell(0, 1)]).all()
     assert planes.fractions["rejected"][4, 5] == 1.0

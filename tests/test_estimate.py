@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import shlex
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def test_requests_leave_room() -> None:
 
 
 def test_impossible_patches_are_refused() -> None:
-    for size, visits, cache in ((0, 3, 4.0), (100, 0, 4.0), (100, 3, -1.0)):
+    for size, visits, cache in ((0, 3, 4.0), (100, 0, 4.0), (100, 3, -1.0), (100, 3, math.nan)):
         with pytest.raises(ValueError, match=f"got {size} pixels, {visits} visits and {cache} GiB"):
             estimate(size, visits, UNIT, cache)
     with pytest.raises(ValueError, match="'cold' is none of pretrained, scratch"):
@@ -196,6 +197,9 @@ def test_bad_questions(tmp_path: Path) -> None:
         result = run("--visits", text)
         assert result.exit_code == 2
         assert "neither a number of visits nor a list like g=8,r=18" in result.output
+    result = run("--cache-gib", "nan")
+    assert result.exit_code == 2
+    assert "nan is no size" in result.output
     result = run("--device", "cuda")
     assert result.exit_code == 1
     assert (

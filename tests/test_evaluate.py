@@ -7,7 +7,7 @@ from __future__ import annotations
 import galsim
 import numpy as np
 import pytest
-from astropy.table import Table
+from astropy.table import Table, vstack
 
 from lsst.coadd.deepprior.evaluate import (
     Detections,
@@ -158,6 +158,39 @@ def test_evaluation_of_a_perfect_restoration() -> None:
     assert numbers["true sources with S/N > 5 found (%)"] == pytest.approx((200 / 3, 100.0))
     assert numbers["entries without a true source (%)"][1] == 0.0
     assert np.isnan(numbers["flux in the image, galaxies of 22-24 mag (%)"][1])
+
+
+def test_evaluation_of_a_poor_catalogue() -> None:
+    """Of stars and galaxies that are displaced, missing, near the border or without data."""
+    stars = truth([(330.3, 530.2, 900.0, -1), (370.0, 580.0, 700.0, 0), (305.0, 600.0, 800.0, 0)])
+    field = vstack([stars, truth([(365.0, 535.4, 3000.0, -1), (330.7, 580.0, 500.0, -1)], "galaxy")])
+    model = render(field, SIGMA, BOX)
+    zero, variance = np.zeros(BOX.shape), np.full(BOX.shape, NOISE**2)
+    # There are no data in the core of the second star.
+    variance[79:82, 69:72] = np.nan
+    coadd = Coadd(model, SIGMA, zero, variance, gaussian_stamp(COADD_SIGMA, 25)[None, None])
+    found = coadd_detections(coadd, (BOX.y.start, BOX.x.start))
+    assert np.hypot(found.x - 370.0, found.y - 580.0).min() > 5.0
+    sources = Table(
+        {
+            "x": [331.3, 306.8, 365.0, 330.7, 350.0],
+            "y": [530.2, 600.0, 535.4, 580.0, 560.0],
+            "flux": [900.0, 800.0, 3300.0, 400.0, 100.0],
+        }
+    )
+    gains = {gain.name: gain for gain in evaluate(coadd, model, SIGMA, sources, field, BOX, SCALE)}
+    for name, bias in (
+        ("stars with S/N > 20", 0.0),
+        ("galaxies of 22-24 mag", 10.0),
+        ("galaxies of 24-25.5 mag", -20.0),
+    ):
+        assert len(gains[f"flux in the image, {name} (%)"].restored) == 1
+        assert gains[f"flux in the image, {name} (%)"].numbers() == pytest.approx((0.0, 0.0), abs=0.5)
+        assert gains[f"flux in the catalogue, {name} (%)"].numbers()[1] == pytest.approx(bias)
+    # The star at the border is matched within half of the seeing, and not within 0.3 arcsec.
+    assert gains["true sources with S/N > 5 found (%)"].numbers() == (100.0, 75.0)
+    assert gains["entries without a true source (%)"].numbers() == (0.0, 20.0)
+    assert np.isnan(gains["pairs at 0.5-0.9 arcsec split (%)"].numbers()).all()
 
 
 def test_pool() -> None:

@@ -129,6 +129,34 @@ def test_a_star_with_a_wrong_psf_gets_no_halo() -> None:
     assert torch.equal(regain_extended_light(data, data.sets(), latent), latent)
 
 
+@pytest.mark.parametrize(("missing", "comes_back"), [(0.25, True), (0.07, False)])
+def test_light_within_the_errors_of_the_psfs_is_not_missing(missing: float, comes_back: bool) -> None:
+    """Two per cent of the light of the model count as noise, and here are more than half of it."""
+    data = patch_of(with_halo(observe(LAYOUT, [], SIGMAS, seed=14), 6.0))
+    model = dark(data)
+    inner = np.s_[MARGIN:-MARGIN, MARGIN:-MARGIN]
+    model[inner] += torch.as_tensor((1.0 - missing) * halo(0.0, 6.0), dtype=torch.float32)
+    back = regain_extended_light(data, data.sets(), model)
+    if comes_back:
+        bright = halo(SIGMA, 6.0) > 3.0
+        expected = halo(SIGMA, 6.0)[bright].sum()
+        assert image(data, back)[bright].sum() == pytest.approx(expected, rel=0.03)
+    else:
+        assert torch.equal(back, model)
+
+
+def test_a_halo_comes_back_where_one_of_five_visits_is() -> None:
+    """The first cells of the rows have all visits, the others one."""
+    visits = with_halo(observe(LAYOUT, [], SIGMAS, seed=15), 3.0)
+    for visit in visits[1:]:
+        visit.good[:, 42:] = False
+    data = patch_of(visits)
+    back = image(data, regain_extended_light(data, data.sets(), dark(data)))
+    truth = halo(SIGMA, 3.0)
+    bright = (truth > 1.5) & (np.arange(LAYOUT.shape[1]) > 50)
+    assert back[bright].sum() == pytest.approx(truth[bright].sum(), rel=0.12)
+
+
 def test_drawn_visits_hold_the_light_of_their_model() -> None:
     """The visits that noise is drawn for are dark, their model has a halo."""
     data = patch_of(observe(LAYOUT, [], SIGMAS, seed=8))
@@ -193,10 +221,14 @@ def test_a_bright_star_in_front_leaves_no_hole() -> None:
     expected = image(truth, regain_extended_light(truth, truth.sets(), dark(truth)))
     ring = np.hypot(*(np.mgrid[: LAYOUT.shape[0], : LAYOUT.shape[1]] - np.reshape([Y, X + 2.0], (2, 1, 1))))
     assert back[ring < 6.0].mean() == pytest.approx(expected[ring < 6.0].mean(), rel=0.1)
+    too_bright = regain_extended_light(data, data.sets(), 1.1 * only_star)
+    assert not torch.equal(too_bright, 1.1 * only_star)
+    assert float(too_bright.min()) >= 0.0
 
 
-def test_a_halo_comes_back_on_finer_pixels() -> None:
-    visits = with_halo(observe(LAYOUT, [], SIGMAS, seed=12), 2.0)
+@pytest.mark.parametrize("masked_fraction", [0.0, 0.3])
+def test_a_halo_comes_back_on_finer_pixels(masked_fraction: float) -> None:
+    visits = with_halo(observe(LAYOUT, [], SIGMAS, seed=12, masked_fraction=masked_fraction), 2.0)
     data = PatchData(
         [finer_observation(visit, 2) for visit in visits],
         finer_layout(LAYOUT, 2),

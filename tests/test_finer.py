@@ -151,6 +151,22 @@ def test_what_cannot_be_finer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("oversampling", OVERSAMPLINGS)
+def test_a_fine_visit_has_the_pixels_of_the_visit_and_no_others(oversampling: int) -> None:
+    (visit,) = observe(LAYOUT, [], [1.5], noise=3.0, masked_fraction=0.1)
+    noise = np.random.default_rng(2).standard_normal((30, 40)).astype(np.float32)
+    part = {name: getattr(visit, name)[7:37, 2:42] for name in ("flux", "variance", "good")}
+    fine = finer_observation(dataclasses.replace(visit, **part, noise=noise, origin=(7, 2)), oversampling)
+    assert fine.origin == (7 * oversampling, 2 * oversampling)
+    assert fine.good.sum() == part["good"].sum()
+    # The pixel in the middle of each block, or the one before it.
+    block = np.s_[(oversampling - 1) // 2 :: oversampling]
+    area = oversampling**2
+    for name, scale in (("flux", area), ("noise", area), ("variance", area**2), ("good", 1)):
+        own = noise if name == "noise" else part[name]
+        np.testing.assert_allclose(scale * getattr(fine, name)[block, block], own, rtol=1e-6)
+
+
+@pytest.mark.parametrize("oversampling", OVERSAMPLINGS)
 def test_a_star_is_predicted_where_it_is(oversampling: int) -> None:
     """A point of the fine grid at k X + (k - 1) / 2 is at X for the visits, with its flux."""
     k, x, y, flux = oversampling, 20.37, 13.81, 5000.0

@@ -71,6 +71,10 @@ def test_halves_are_the_same_whenever_they_are_read() -> None:
     np.testing.assert_array_equal(halves[2].flux, halves[2].flux)
     added = [(halves[2 * t].flux - visits[t].flux)[visits[t].good] for t in range(2)]
     assert abs(np.corrcoef(*added)[0, 1]) < 0.02
+    other = NoiseHalves(visits, np.stack([LAGS, LAGS]), seed=4)
+    assert abs(np.corrcoef(added[0], (other[0].flux - visits[0].flux)[visits[0].good])[0, 1]) < 0.02
+    with pytest.raises(IndexError, match="There are 4 halves of visits, none is number -1"):
+        halves[-1]
     assert "visit 7" in halves[0].name
 
 

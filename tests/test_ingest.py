@@ -505,6 +505,14 @@ def test_defaults_of_files_with_no_more_than_they_must_have(tmp_path: Path) -> N
     assert len(refs(repo)) == 4
 
 
+@pytest.mark.parametrize("name", ["", " ", 65 * "s"])
+def test_a_skymap_that_cannot_be_so_called(tmp_path: Path, name: str) -> None:
+    repo = tmp_path / "repo"
+    file = bare(tmp_path / "a.fits", 1, 0, 0, (20, 30))
+    assert f"{name!r} is no name of a skymap" in one_line(ingest(repo, file, options=("--skymap", name)))
+    assert not repo.exists()
+
+
 def test_grid_of_a_stored_tract_binds_its_other_patches(tmp_path: Path) -> None:
     repo = tmp_path / "repo"
     assert ingest(repo, bare(tmp_path / "a.fits", 1, 0, 0, (20, 30), PATCH=4)).exit_code == 0

@@ -100,6 +100,26 @@ def test_best_visit_covers_the_patch() -> None:
     assert np.isnan(image[:, 90:]).all()
 
 
+def test_best_visit_has_good_pixels_in_the_cells_that_it_covers() -> None:
+    visits = observe(LAYOUT, [], [1.2, 1.5])
+    visits[0].good[44:, 72:] = False
+    np.testing.assert_array_equal(best_seeing_visit(visits, LAYOUT, SIGMA).image, visits[1].flux)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_psf_is_that_of_the_central_cell(method: Callable[..., PeerImage]) -> None:
+    layout = CellLayout(3, 5, 30, 24)
+    visits = observe(layout, [], [1.6])
+    (narrow,) = observe(layout, [], [1.3])
+    visits[0] = with_psf(visits[0], np.s_[1, 2], narrow.psf[1, 2])
+    psf = method(visits, layout, SIGMA).psf
+    half, middle = 5, psf.shape[0] // 2
+    inner = psf[middle - half : middle + half + 1, middle - half : middle + half + 1]
+    np.testing.assert_allclose(
+        inner, narrow.psf[1, 2][13 - half : 14 + half, 13 - half : 14 + half], atol=1e-3
+    )
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_star_is_flux_times_psf(method: Callable[..., PeerImage]) -> None:
     """Stamps of unequal sizes and noises, and a PSF that is not symmetric."""
@@ -142,9 +162,13 @@ def test_noise_of_the_proper_coadd_is_white_and_that_of_the_coadd_is_not_exceede
         assert ring.mean() == pytest.approx(1.0, abs=4 * np.sqrt(2.0 / ring.size))
 
 
-def test_proper_coadd_is_sharper_and_deeper_for_points() -> None:
+@pytest.mark.parametrize("lopsided", [False, True])
+def test_proper_coadd_is_sharper_and_deeper_for_points(lopsided: bool) -> None:
     """The matched filter of the proper coadd has the summed information of the visits; the coadd has less."""
     visits = observe(LAYOUT, [], [1.1, 2.2, 2.6])
+    if lopsided:
+        psf = gaussian_stars((27, 27), [(13, 13, 0.7), (16, 11, 0.3)], 1.1)
+        visits[0] = with_psf(visits[0], np.s_[:, :], psf / psf.sum())
     plain, proper = (method(visits, LAYOUT, SIGMA) for method in (inverse_variance_coadd, proper_coadd))
     information = sum((v.psf[0, 0] ** 2).sum() for v in visits)
     # Both coadds have white noise of variance 1/3 here.

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import packages_distributions
@@ -26,6 +27,7 @@ from lsst.pipe.base import Pipeline
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PIPELINE = "$COADD_DEEPPRIOR_DIR/pipelines/deepPriorCoadd.yaml"
+SOURCE_FOLDERS = ("benchmarks", "config", "pipelines", "tests", "tools")
 LABELS = {"deepPriorCoadd", "measureDeepPriorCoadd", "plotDeepPriorCoadd"}
 
 
@@ -38,18 +40,23 @@ def dependencies() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Return a wheel built from a copy of the source tree."""
+def archives(tmp_path_factory):
+    """Return a wheel and a source archive, built from a copy of the source tree."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("python", "pipelines", "config"):
+    for name in ("python", *SOURCE_FOLDERS):
         ignored = shutil.ignore_patterns("*.egg-info", "__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "COPYRIGHT"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "COPYRIGHT", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
-    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    build = "from setuptools import build_meta as b; print(b.build_wheel('.')); print(b.build_sdist('.'))"
     built = run(sys.executable, "-c", build, cwd=source)
     assert built.returncode == 0, built.stderr
-    return source / built.stdout.splitlines()[-1]
+    return [source / line for line in built.stdout.splitlines() if line.endswith((".whl", ".tar.gz"))]
+
+
+@pytest.fixture
+def wheel(archives):
+    return archives[0]
 
 
 def test_version():
@@ -88,6 +95,15 @@ def test_wheel_leaves_the_shared_namespace_alone(wheel):
         prefix = "lsst/coadd/deepprior/resources/"
         assert here
         assert here == {f.removeprefix(prefix) for f in files if f.startswith(prefix + folder)}
+
+
+def test_source_archive_has_the_tests_and_what_they_read(archives):
+    with tarfile.open(archives[1]) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in SOURCE_FOLDERS:
+        here = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()}
+        assert {str(path) for path in here if "__pycache__" not in path.parts} <= files
+    assert "python/lsst/__init__.py" in files
 
 
 def test_pipeline_is_found_in_a_wheel(wheel, tmp_path, monkeypatch):

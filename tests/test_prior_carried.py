@@ -16,20 +16,29 @@ from lsst.coadd.deepprior.psf import gaussian_stamp
 SHAPE = (90, 124)
 SIGMA, SEEING = 0.9, 2.0
 POINT_ERROR = np.sqrt(4.0 * np.pi) * SEEING
+NOWHERE = np.s_[:0, :0]
 
 
-def carried(model_snr: float, true_snr: float, variance: float, noise: float = 1.0) -> np.ndarray:
+def carried(
+    model_snr: float,
+    true_snr: float,
+    variance: float,
+    noise: float = 1.0,
+    *,
+    hole: tuple[slice, slice] = NOWHERE,
+) -> np.ndarray:
     """Return the mask near one source whose model has another flux than the data, which have no noise.
 
-    The variance is in units of the square of ``noise``, the unit of everything.
+    The variance is in units of the square of ``noise``, the unit of everything. The hole has no data.
     """
     sources = [(60.3, 40.6, noise)]
     model = model_snr * POINT_ERROR * gaussian_stars(SHAPE, sources, SIGMA)
     left = (true_snr - model_snr) * POINT_ERROR * gaussian_stars(SHAPE, sources, SEEING)
     psf = np.broadcast_to(gaussian_stamp(SEEING, 25), (2, 2, 25, 25))
+    left[hole] = np.nan
     coadd = Coadd(model, SIGMA, left, np.full(SHAPE, noise**2), psf)
     n_good = np.full(SHAPE, 3)
-    n_good[10, 12] = 0
+    n_good[10, 12:14] = 0, 1
     result = prior_carried(model, np.full(SHAPE, variance * noise**2), left, n_good, coadd)
     assert result[10, 12]
     result[10, 12] = False
@@ -41,22 +50,27 @@ def test_light_that_the_image_lacks() -> None:
     """Of a source of 5 sigma the prior has left nothing, or less than half, and the variance denies it."""
     assert carried(0.0, 5.0, 0.02**2)[39:43, 58:63].all()
     assert carried(2.0, 5.0, 0.02**2)[39:43, 58:63].all()
+    beside = carried(0.0, 5.0, 0.02**2, hole=np.s_[30:40, 50:70])
+    assert beside[40:43, 58:63].all()
+    assert not beside[:35].any()
 
 
 def test_what_the_image_has_is_not_marked() -> None:
     assert not carried(5.0, 5.0, 0.02**2).any()
     assert not carried(0.0, 1.0, 1e-6).any(), "noise of one sigma is not lost light"
     assert not carried(8.0, 3.0, 0.02**2).any(), "the residual is negative"
+    assert not carried(50.0, 10.0, 0.02**2).any(), "the data are not bright"
 
 
-def test_the_foot_of_a_bright_star() -> None:
+@pytest.mark.parametrize("noise", [1.0, 30.0])
+def test_the_foot_of_a_bright_star(noise: float) -> None:
     """The variance plane takes the image for certain where the light under the PSF is that of the star."""
-    mask = carried(50.0, 50.0, 0.02**2)
+    mask = carried(50.0, 50.0, 0.02**2, noise)
     assert not mask[40:42, 59:62].any(), "the data show the star"
     model = 50.0 * POINT_ERROR * gaussian_stars(SHAPE, [(60.3, 40.6, 1.0)], SIGMA)
     np.testing.assert_array_equal(mask, (model > 0.06) & (model < 3.0))
     assert mask.sum() > 10
-    assert not carried(50.0, 50.0, 1.0).any(), "no foot of 3 sigma is fainter than 3 times the noise"
+    assert not carried(50.0, 50.0, 1.0, noise).any(), "no foot of 3 sigma is fainter than 3 times the noise"
 
 
 @pytest.mark.parametrize("noise", [1.0, 30.0])

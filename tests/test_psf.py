@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -106,6 +108,8 @@ def test_target_sigma_rule() -> None:
     assert target_sigma([4.0], 2.2) * FWHM_PER_SIGMA == pytest.approx(2.2)
     with pytest.raises(ValueError, match="not sampled"):
         target_sigma([4.0], 1.2)
+    with pytest.raises(ValueError, match="FWHM nan pixels is not sampled"):
+        target_sigma([4.0], math.nan)
     with pytest.raises(ValueError, match="not sharper"):
         target_sigma([4.0, 3.0], 4.5)
 

@@ -10,6 +10,9 @@ import pytest
 
 from lsst.coadd.deepprior.psf import fwhm, gaussian_stamp
 from lsst.coadd.deepprior.psf_basis import (
+    FLUX,
+    SHIFT_X,
+    SHIFT_Y,
     PsfBasis,
     blind_stamps,
     corrected_stamps,
@@ -37,6 +40,21 @@ def test_modes_change_neither_sum_nor_centroid_and_second_moments_as_they_say() 
     np.testing.assert_allclose(changes[1:9:3, 3:], np.tile([unit, -unit, 0.0], (3, 1)), rtol=5e-3, atol=5e-3)
     np.testing.assert_allclose(changes[2:9:3, 3:], np.tile([0.0, 0.0, unit], (3, 1)), rtol=5e-3, atol=5e-3)
     np.testing.assert_allclose(changes[9:, 3:], 0.0, atol=5e-3)
+
+
+def test_flux_and_shifts_on_a_grid_of_unequal_sides() -> None:
+    """What a star gains by a little more flux, and by being a little further along x and y."""
+    shape, x0, y0 = (48, 61), 33.3, 20.6
+    y, x = np.indices(shape)
+    star = np.exp(-0.5 * ((x - x0) ** 2 + (y - y0) ** 2) / SIGMA**2)
+    transfer = PsfBasis(SIGMA).transfer(shape)[: SHIFT_Y + 1]
+    changes = np.fft.irfft2(np.fft.rfft2(star) * transfer, s=shape)
+    for place, expected in (
+        (FLUX, star),
+        (SHIFT_X, star * (x - x0) / SIGMA**2),
+        (SHIFT_Y, star * (y - y0) / SIGMA**2),
+    ):
+        np.testing.assert_allclose(changes[place], expected, atol=1e-5)
 
 
 def test_corrected_stamps_are_psfs_whatever_the_coefficients() -> None:

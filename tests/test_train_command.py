@@ -229,6 +229,29 @@ def test_interrupted_command_continues(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("quick")
+def test_checkpoint_that_cannot_be_continued_is_refused_before_scenes_are_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "training_scene", tiny_scene)
+    output, checkpoint = tmp_path / "net", tmp_path / "net.checkpoint"
+    unlink = Path.unlink
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, **_: None if path == checkpoint else unlink(path))
+        assert deepprior("train", output, "--scenes", 1, "--steps", 4, "--device", "cpu").exit_code == 0
+    content = checkpoint.read_bytes()
+    for data, steps, message in (
+        (content[:-1], 4, "is no checkpoint of a training, or damaged"),
+        (content, 6, "belongs to a training with settings = {'steps': 4}, and not {'steps': 6}"),
+    ):
+        checkpoint.write_bytes(data)
+        result = deepprior("train", output, "--scenes", 1, "--steps", steps, "--device", "cpu")
+        assert result.exit_code == 1
+        assert message in result.output
+        assert "simulating scenes" not in result.output
+        assert checkpoint.read_bytes() == data
+
+
+@pytest.mark.usefixtures("quick")
 def test_finished_network_is_not_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless it is removed; one that was killed between its last two steps ends them."""
     monkeypatch.setattr(families, "training_scene", tiny_scene)

@@ -15,6 +15,7 @@ from toy import observe
 
 from lsst.coadd.deepprior.conditions import AXES
 from lsst.coadd.deepprior.fitted_patch import RestoreSettings
+from lsst.coadd.deepprior.numerical_settings import MAX_SEED
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA, fit_star
 from lsst.coadd.deepprior.restore import restore
@@ -185,3 +186,23 @@ def test_other_settings_are_checked() -> None:
         TrainSettings(learning_rate=0.0)
     with pytest.raises(ValueError, match="psf_error"):
         TrainSettings(psf_error=-0.1)
+    with pytest.raises(ValueError, match="steps must be at least 1, not 2.5, and a whole number"):
+        TrainSettings(steps=2.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [TrainSettings, RestoreSettings])
+def test_settings_that_are_no_numbers_are_refused(settings: type[TrainSettings | RestoreSettings]) -> None:
+    for name in ("learning_rate", "huber_delta", "psf_error"):
+        with pytest.raises(ValueError, match="must be positive"):
+            settings(**{name: math.nan})
+    for seed in (-1, 0.5, 1e30):
+        with pytest.raises(ValueError, match="seed must be at least 0, not .* and a whole number"):
+            settings(seed=seed)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed must be at most 4294967295, not 10{30}"):
+        settings(seed=10**30)
+
+
+def test_the_largest_seed_can_be_used() -> None:
+    layout = CellLayout(1, 1, 30, 28)
+    patch = TrainingPatch("one", observe(layout, [(8.0, 12.0, 300.0)], [1.6, 1.8]), layout)
+    Trainer([patch], dataclasses.replace(SETTINGS, seed=MAX_SEED)).run()

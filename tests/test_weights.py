@@ -286,6 +286,12 @@ def test_a_collection_holds_one_network(own_repo: Path) -> None:
     )
 
 
+def test_a_network_is_not_put_where_no_pipeline_could_find_it(own_repo: Path) -> None:
+    for run in ("", "one,two", "u/*"):
+        with pytest.raises(NetworkIngestError, match="is no name of a collection"):
+            ingest_network(own_repo, make_network(), run=run)
+
+
 def test_repositories_that_cannot_take_a_network(own_repo: Path, tmp_path: Path) -> None:
     with pytest.raises(NetworkIngestError, match="nothing"):
         ingest_network(tmp_path / "nothing", make_network())

@@ -17,6 +17,7 @@ import torch
 from toy import observe
 
 from lsst.coadd.deepprior import scratch, windows
+from lsst.coadd.deepprior.finer import finer_layout, finer_observation
 from lsst.coadd.deepprior.fit_checkpoint import FitCheckpoint
 from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.groups import deal_splits
@@ -124,11 +125,30 @@ def test_large_patches_have_a_window_in_each_quarter(
     assert [part.layout for part in parts] == [CellLayout(1, 2, 20, 14)] * 4
 
 
+def test_windows_of_odd_numbers_of_cells_stay_in_their_quarters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3x5 cells a quarter has 1x2, also where more would be needed for the side of a window."""
+    monkeypatch.setattr(windows, "WINDOW", 29)
+    layout = CellLayout(3, 5, 20, 14)
+    data = PatchData(visits_of(layout), layout, SIGMA, margin=MARGIN)
+    assert [part.layout for part in fit_windows(data, 1)] == [CellLayout(1, 2, 20, 14)] * 4
+
+
+def test_windows_of_finer_pixels_are_those_of_the_visits(
+    data: PatchData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "WINDOW", 35)
+    visits = [finer_observation(visit, 2) for visit in data.observations]
+    fine = PatchData(visits, finer_layout(LAYOUT, 2), 2.0 * SIGMA, margin=2 * MARGIN)
+    assert [part.layout for part in fit_windows(fine, 1)] == [CellLayout(2, 3, 40, 28)] * 4
+
+
 def test_windows_are_where_most_visits_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where one of them is far deeper than all others together."""
     monkeypatch.setattr(windows, "WINDOW", 14)
     visits = visits_of()[:3]
     for visit in visits[1:]:
         visit.good[:20, 14:] = False
+    visits[0].variance[:20, 14:] *= 0.01
     data = PatchData(visits, LAYOUT, SIGMA, margin=MARGIN)
     for seed in range(5):
         counts = [len(part) for part in fit_windows(data, seed)]

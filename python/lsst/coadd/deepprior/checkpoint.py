@@ -72,7 +72,7 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def read_checkpoint(
-    path: Path, facts: dict[str, Any], *, owner: str, advice: str
+    path: Path, facts: dict[str, Any], *, owner: str, advice: str, are_all_facts: bool = True
 ) -> dict[str, torch.Tensor] | None:
     """Read a state, and refuse one that belongs to something else.
 
@@ -86,6 +86,8 @@ def read_checkpoint(
         What messages call the computation, ``a training`` for instance.
     advice : `str`
         Last sentence of the messages: what to do.
+    are_all_facts : `bool`, optional
+        Whether the state must belong to nothing else.
 
     Returns
     -------
@@ -118,7 +120,7 @@ def read_checkpoint(
             f"{path} is no checkpoint of {owner}, or damaged ({err}). {advice}"
         ) from err
     expected = json.loads(json.dumps(facts))
-    for name in sorted(expected.keys() | stored.keys()):
+    for name in sorted(expected.keys() | stored.keys() if are_all_facts else expected):
         if stored.get(name) != expected.get(name):
             difference = "{}, and not {}".format(*_unlike(stored.get(name), expected.get(name)))
             raise CheckpointError(f"{path} belongs to {owner} with {name} = {difference}. {advice}")

@@ -16,7 +16,7 @@ import astropy.units as u
 import numpy as np
 
 from lsst.images import Image, Mask, MaskPlane, MaskSchema, SkyProjection, TractFrame
-from lsst.images.cells import CellCoadd, PatchDefinition
+from lsst.images.cells import CellCoadd, CellGrid, PatchDefinition
 
 from .aperture_corrections import average_corrections, restored_corrections
 from .cells import fill_cells, make_cell_field, make_cell_psf
@@ -171,28 +171,8 @@ def make_coadds(
     """
     patch = input_planes.patch
     grid = patch.cells
-    n_cells = grid.grid_size.as_tuple()
-    if restoration.image.shape != tuple(grid.bbox.shape):
-        raise ValueError(
-            f"The restored image has the shape {restoration.image.shape}, its patch {tuple(grid.bbox.shape)}."
-        )
-    if restoration.cell_weight.shape != (len(warps), *n_cells):
-        raise ValueError(
-            f"The cell weights have the shape {restoration.cell_weight.shape}, there are {len(warps)} visits "
-            f"and {n_cells} cells."
-        )
-    seen = restoration.n_good > 0
-    left_out = np.any((restoration.cell_good_fraction > 0.0) & (restoration.cell_weight == 0.0), axis=0)
-    rejected = input_planes.planes["REJECTED"] | restoration.clipped
-    planes = {
-        **input_planes.planes,
-        "CLIPPED": restoration.clipped,
-        "REJECTED": rejected,
-        "INEXACT_PSF": restoration.masked | rejected,
-        "SENSOR_EDGE": fill_cells(left_out, grid),
-        "FEW_VISITS": fill_cells((restoration.cell_good_fraction > 0.0).sum(axis=0) < min_visits, grid),
-        "PRIOR_CARRIED": restoration.prior_carried | ~seen,
-    }
+    _check_shapes(restoration, len(warps), grid)
+    planes = _planes(restoration, input_planes, min_visits)
 
     def assemble(
         image: np.ndarray,
@@ -203,13 +183,11 @@ def make_coadds(
         corrections: Mapping[str, np.ndarray],
         noise: Sequence[np.ndarray] = (),
     ) -> CellCoadd:
-        has_psf = np.isfinite(psf).all(axis=(2, 3))
         cell_psf = make_cell_psf(psf, grid)
-        missing = fill_cells(~has_psf, grid)
+        missing = fill_cells(~np.isfinite(psf).all(axis=(2, 3)), grid)
         mask = Mask(schema=MASK_SCHEMA, bbox=grid.bbox)
-        for name, pixels in planes.items():
+        for name, pixels in (planes | {"NO_DATA": no_data | missing}).items():
             mask.set(name, pixels)
-        mask.set("NO_DATA", no_data | missing)
         coadd = CellCoadd(
             _image(np.where(missing, np.nan, image), patch, u.nJy),
             mask=mask,
@@ -238,12 +216,13 @@ def make_coadds(
     corrections = [warp.aperture_corrections for warp in warps]
     enters = restoration.cell_weight > 0.0
     seen_weight = np.where(enters.any(axis=0), restoration.cell_weight, restoration.cell_good_fraction)
-    any_seen = seen.reshape(n_cells[0], grid.cell_shape.y, n_cells[1], grid.cell_shape.x).any(axis=(1, 3))
-    target_psf = np.where(any_seen[:, :, np.newaxis, np.newaxis], restoration.target_psf, np.nan)
+    seen = restoration.n_good > 0
+    (n_i, n_j), cell = grid.grid_size.as_tuple(), grid.cell_shape
+    any_seen = seen.reshape(n_i, cell.y, n_j, cell.x).any(axis=(1, 3))
     coadd = assemble(
         restoration.image,
         restoration.variance,
-        target_psf,
+        np.where(any_seen[:, :, np.newaxis, np.newaxis], restoration.target_psf, np.nan),
         ~seen,
         restoration.cell_good_fraction > 0.0,
         restored_corrections(corrections, seen_weight),
@@ -259,6 +238,37 @@ def make_coadds(
         restoration.residual_noise_realizations,
     )
     return coadd, residual
+
+
+def _check_shapes(restoration: Restoration, n_visits: int, grid: CellGrid) -> None:
+    """Refuse a restoration of another patch or of other visits."""
+    if restoration.image.shape != tuple(grid.bbox.shape):
+        raise ValueError(
+            f"The restored image has the shape {restoration.image.shape}, its patch {tuple(grid.bbox.shape)}."
+        )
+    n_cells = grid.grid_size.as_tuple()
+    if restoration.cell_weight.shape != (n_visits, *n_cells):
+        raise ValueError(
+            f"The cell weights have the shape {restoration.cell_weight.shape}, there are {n_visits} visits "
+            f"and {n_cells} cells."
+        )
+
+
+def _planes(restoration: Restoration, input_planes: InputPlanes, min_visits: int) -> dict[str, np.ndarray]:
+    """Return the mask planes, each (y, x) bool, that both coadds share."""
+    grid = input_planes.patch.cells
+    reached = restoration.cell_good_fraction > 0.0
+    planes = input_planes.planes
+    rejected = planes["REJECTED"] | restoration.clipped
+    return {
+        **planes,
+        "CLIPPED": restoration.clipped,
+        "REJECTED": rejected,
+        "INEXACT_PSF": restoration.masked | rejected,
+        "SENSOR_EDGE": fill_cells(np.any(reached & (restoration.cell_weight == 0.0), axis=0), grid),
+        "FEW_VISITS": fill_cells(reached.sum(axis=0) < min_visits, grid),
+        "PRIOR_CARRIED": restoration.prior_carried | (restoration.n_good == 0),
+    }
 
 
 def mask_shares(coadd: CellCoadd) -> dict[str, float]:

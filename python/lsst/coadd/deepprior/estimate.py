@@ -198,12 +198,12 @@ def estimate(
     Raises
     ------
     ValueError
-        Raised if there is no pixel or no visit, or the cache is negative.
+        Raised if there is no pixel or no visit, or the cache has no size, or a negative one.
     """
-    if patch_size < 1 or n_visits < 1 or cache_gib < 0.0:
+    if patch_size < 1 or n_visits < 1 or not cache_gib >= 0.0:
         raise ValueError(
-            f"A patch has at least one pixel and one visit, and a cache no negative size; got {patch_size} "
-            f"pixels, {n_visits} visits and {cache_gib} GiB."
+            f"A patch has at least one pixel and one visit, and a cache a size that is not negative; got "
+            f"{patch_size} pixels, {n_visits} visits and {cache_gib} GiB."
         )
     inner, canvas = patch_size**2, (patch_size + 2 * CANVAS_MARGIN) ** 2
     pixels = inner * n_visits

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ("estimate_command",)
 
+import math
 import shlex
 from pathlib import Path
 
@@ -36,6 +37,13 @@ def _visits(context: click.Context, parameter: click.Parameter, text: str) -> di
     return visits
 
 
+def _size(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """Refuse NaN, which a range does not."""
+    if math.isnan(value):
+        raise click.BadParameter("nan is no size.")
+    return value
+
+
 @click.command("estimate")
 @click.option("--patch-size", default=3400, type=click.IntRange(min=1), help="Side of a patch in pixels.")
 @click.option(
@@ -48,6 +56,7 @@ def _visits(context: click.Context, parameter: click.Parameter, text: str) -> di
     default=DEFAULT_CACHE_GIB,
     show_default=True,
     type=click.FloatRange(min=0.0),
+    callback=_size,
     help="The config field cache_gib.",
 )
 @click.option("--cache-on-disk", is_flag=True, help="The config field cache_dir names a directory.")

@@ -123,10 +123,9 @@ def coadd_detections(coadd: Coadd, origin: tuple[int, int]) -> Detections:
     detections : `Detections`
         Peaks, with their point-source fluxes.
     """
-    information = np.where(coadd.information > 0.0, coadd.information, np.inf)
     matched = np.where(coadd.matched > 0.0, coadd.matched, np.inf)
     flux = coadd.correlate(coadd.weight * coadd.image, power=1) / matched
-    snr = flux * np.sqrt(np.where(np.isfinite(information), information, 0.0))
+    snr = flux * np.sqrt(np.where(coadd.information > 0.0, coadd.information, 0.0))
     peaks = (snr == scipy.ndimage.maximum_filter(snr, 3)) & (snr > 5.0) & coadd.good
     y, x = np.nonzero(peaks)
     dy, dx = peak_offset(snr, y, x)
@@ -264,6 +263,41 @@ def _blank_sky(truth: Table, coadd: Coadd, box: Box, pixel_scale: float) -> np.n
     return coadd.good & (light.array < _BLANK * noise)
 
 
+def _objects(truth: Table, coadd: Coadd, box: Box, pixel_scale: float) -> Table:
+    """Return the objects inside the image.
+
+    The further columns say how far above the noise of the coadd a point of their flux is, whether it has data
+    there, and whether they are isolated.
+    """
+    x, y = np.asarray(truth["x"]), np.asarray(truth["y"])
+    inside = (x > box.x.min) & (x < box.x.max) & (y > box.y.min) & (y < box.y.max)
+    pixels = tuple(np.rint(at[inside] - side.start).astype(int) for at, side in ((y, box.y), (x, box.x)))
+    objects = truth[inside]
+    objects["snr"] = np.asarray(objects["flux_nJy"]) * np.sqrt(coadd.information[pixels])
+    objects["covered"] = coadd.good[pixels]
+    objects["isolated"] = _isolated(truth, box, pixel_scale)[inside]
+    return objects
+
+
+def _classes(objects: Table) -> dict[str, np.ndarray]:
+    """Return which objects have which name in the rows on fluxes: isolated ones where there are data."""
+    snr, mag, star = np.asarray(objects["snr"]), np.asarray(objects["mag"]), objects["type"] == "star"
+    clean = np.asarray(objects["isolated"] & objects["covered"])
+    return {
+        "stars with S/N > 20": star & (snr > 20.0) & clean,
+        "galaxies of 22-24 mag": ~star & (mag > 22.0) & (mag <= 24.0) & clean,
+        "galaxies of 24-25.5 mag": ~star & (mag > 24.0) & (mag <= 25.5) & clean,
+    }
+
+
+def _relative_sizes(image: np.ndarray, target_sigma: float, objects: Table, box: Box) -> np.ndarray:
+    """Return the sizes of bright isolated stars in units of that of the advertised PSF."""
+    bright = objects[(objects["type"] == "star") & objects["isolated"] & (objects["snr"] > 100.0)]
+    advertised = fit_star(gaussian_stamp(target_sigma, 25), radius=4).sigma
+    places = zip(bright["x"] - box.x.start, bright["y"] - box.y.start, strict=True)
+    return np.array([fit_star(image, x=float(x), y=float(y), radius=4).sigma / advertised for x, y in places])
+
+
 def evaluate(
     coadd: Coadd,
     model: np.ndarray,
@@ -278,7 +312,7 @@ def evaluate(
     Parameters
     ----------
     coadd : `~lsst.coadd.deepprior.plain_coadd.Coadd`
-        The plain coadd.
+        The plain coadd; the PSF of the first cell that has one stands for that of all.
     model : `numpy.ndarray`, (y, x)
         Restored image in nJy.
     target_sigma : `float`
@@ -297,30 +331,19 @@ def evaluate(
     gains : `list` [`Gain`]
         The rows of the table.
     """
-    origin = (box.y.start, box.x.start)
     i, j = np.argwhere(np.isfinite(coadd.psf[:, :, 0, 0]))[0]
+    coadd_fwhm = float(coadd.fwhm[i, j]) * pixel_scale
     stamp = galsim.InterpolatedImage(galsim.Image(coadd.psf[i, j].copy()), scale=pixel_scale, flux=1.0)
     target = galsim.Gaussian(sigma=target_sigma * pixel_scale, gsparams=GALSIM)
-    sky = _blank_sky(truth, coadd, box, pixel_scale)
-    isolated = _isolated(truth, box, pixel_scale)
-    x, y = np.asarray(truth["x"]), np.asarray(truth["y"])
-    inside = (x > box.x.min) & (x < box.x.max) & (y > box.y.min) & (y < box.y.max)
-    truth, x, y, isolated = truth[inside], x[inside], y[inside], isolated[inside]
-    columns, rows = np.rint(x - box.x.start).astype(int), np.rint(y - box.y.start).astype(int)
-    snr = np.asarray(truth["flux_nJy"]) * np.sqrt(coadd.information[rows, columns])
-    star = np.asarray(truth["type"]) == "star"
-    mag = np.asarray(truth["mag"])
-    covered = coadd.good[rows, columns]
-
     image = np.nan_to_num(model)
-    advertised = fit_star(gaussian_stamp(target_sigma, 25), radius=4).sigma
-    bright = star & isolated & (snr > 100.0)
-    sizes = [
-        fit_star(image, x=float(a) - box.x.start, y=float(b) - box.y.start, radius=4).sigma / advertised
-        for a, b in zip(x[bright], y[bright], strict=True)
-    ]
-    coadd_fwhm = float(coadd.fwhm[i, j]) * pixel_scale
-    nothing = np.empty(0)
+    objects = _objects(truth, coadd, box, pixel_scale)
+    sky = _blank_sky(truth, coadd, box, pixel_scale)
+    catalogue = Detections(*(np.asarray(sources[name], dtype=float) for name in ("x", "y", "flux")))
+    plain = coadd_detections(coadd, (box.y.start, box.x.start))
+    in_catalogue, in_plain = (
+        match(detections, objects, _MATCH_RADIUS / pixel_scale) for detections in (catalogue, plain)
+    )
+    sizes = _relative_sizes(image, target_sigma, objects, box)
     gains = [
         Gain(
             "seeing, FWHM of the PSF (arcsec)",
@@ -328,7 +351,7 @@ def evaluate(
             np.array([coadd_fwhm]),
             np.array([target_sigma * FWHM_PER_SIGMA * pixel_scale]),
         ),
-        Gain("size of stars with S/N > 100 against the PSF (%)", "bias", nothing, np.array(sizes)),
+        Gain("size of stars with S/N > 100 against the PSF (%)", "bias", np.empty(0), sizes),
     ]
     scatters: dict[str, Callable[[np.ndarray], float]] = {
         "rms of the blank sky (nJy)": np.std,
@@ -337,29 +360,20 @@ def evaluate(
         ),
     }
     for name, scatter in scatters.items():
-        values = (np.array([scatter(a[sky])]) if sky.any() else nothing for a in (coadd.image, image))
+        values = (np.array([scatter(a[sky])]) if sky.any() else np.empty(0) for a in (coadd.image, image))
         gains.append(Gain(name, "median", *values))
-    catalogue = Detections(*(np.asarray(sources[name], dtype=float) for name in ("x", "y", "flux")))
-    plain = coadd_detections(coadd, origin)
-    radius = _MATCH_RADIUS / pixel_scale
-    in_catalogue, in_plain = (match(detections, truth, radius) for detections in (catalogue, plain))
-    for name, chosen in (
-        ("stars with S/N > 20", star & (snr > 20.0)),
-        ("galaxies of 22-24 mag", ~star & (mag > 22.0) & (mag <= 24.0)),
-        ("galaxies of 24-25.5 mag", ~star & (mag > 24.0) & (mag <= 25.5)),
-    ):
-        objects = chosen & isolated & covered
-        gains.append(
-            Gain(
-                f"flux in the image, {name} (%)",
-                "bias",
-                aperture_ratios(coadd.image, stamp, truth[objects], box, pixel_scale),
-                aperture_ratios(image, target, truth[objects], box, pixel_scale),
-            )
+    for name, chosen in _classes(objects).items():
+        some, entry = objects[chosen], in_catalogue[chosen]
+        in_images = (
+            aperture_ratios(pixels, psf, some, box, pixel_scale)
+            for pixels, psf in ((coadd.image, stamp), (image, target))
         )
-        entry = in_catalogue[objects]
-        ratios = catalogue.flux[entry[entry >= 0]] / np.asarray(truth["flux_nJy"])[objects][entry >= 0]
-        gains.append(Gain(f"flux in the catalogue, {name} (%)", "bias", nothing, ratios))
+        ratios = catalogue.flux[entry[entry >= 0]] / np.asarray(some["flux_nJy"])[entry >= 0]
+        gains += [
+            Gain(f"flux in the image, {name} (%)", "bias", *in_images),
+            Gain(f"flux in the catalogue, {name} (%)", "bias", np.empty(0), ratios),
+        ]
+    snr, covered = np.asarray(objects["snr"]), np.asarray(objects["covered"])
     detectable = (snr > 5.0) & covered
     near = 0.5 * coadd_fwhm / pixel_scale
     return [
@@ -373,11 +387,11 @@ def evaluate(
         Gain(
             "entries without a true source (%)",
             "share",
-            *(~np.isin(np.arange(len(d.x)), match(d, truth, near)) for d in (plain, catalogue)),
+            *(~np.isin(np.arange(len(d.x)), match(d, objects, near)) for d in (plain, catalogue)),
         ),
         Gain(
             "pairs at 0.5-0.9 arcsec split (%)",
             "share",
-            *(split_pairs(index, truth, (snr > 10.0) & covered) for index in (in_plain, in_catalogue)),
+            *(split_pairs(index, objects, (snr > 10.0) & covered) for index in (in_plain, in_catalogue)),
         ),
     ]

@@ -30,6 +30,7 @@ from .halves import in_halves
 from .network import Features, Trunk, encoder_features, latent_and_slope
 from .noise import NoisyModel, coadd_layers
 from .noise_draws import draw_noise
+from .numerical_settings import check_settings
 from .observation import Observation
 from .operators import CellLayout
 from .parallel import give_freed_memory_back
@@ -107,21 +108,17 @@ class RestoreSettings:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("base_steps", 1),
-            ("steps", 0),
-            ("refresh_every", 1),
-            ("n_splits", 1),
-            ("n_variance_draws", 1),
-            ("n_noise_realizations", 0),
-            ("seed", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
-        if self.learning_rate <= 0.0 or self.huber_delta <= 0.0 or self.psf_error < 0.0:
-            raise ValueError(
-                "learning_rate and huber_delta must be positive and psf_error must not be negative."
-            )
+        check_settings(
+            self,
+            {
+                "base_steps": 1,
+                "steps": 0,
+                "refresh_every": 1,
+                "n_splits": 1,
+                "n_variance_draws": 1,
+                "n_noise_realizations": 0,
+            },
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

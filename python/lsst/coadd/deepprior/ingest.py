@@ -42,7 +42,7 @@ from lsst.images.cells import CellGrid, PatchDefinition
 from .cells import cover_with_cells
 from .dimension_records import check_records, insert_patch, insert_visits, records
 from .repositories import RepositoryError, check_run_name, is_repository_uri, open_repository
-from .warp_file_header import WarpFileHeader
+from .warp_file_header import MAX_SKYMAP_LENGTH, WarpFileHeader
 from .warp_files import InvalidWarpFileError, read_warp_file
 from .warps import Warp
 
@@ -147,12 +147,16 @@ def ingest_warp_files(
     InvalidWarpFileError
         Raised if a file is not a valid warp file, or does not agree with the other files or the repository.
     IngestError
-        Raised if the repository cannot be read or written.
+        Raised if the repository cannot be read or written, or the skymap or collection cannot be so called.
 
     Notes
     -----
     One file's pixels are in memory at a time.
     """
+    if not 0 < len(skymap.strip()) <= MAX_SKYMAP_LENGTH:
+        raise IngestError(
+            f"{skymap!r} is no name of a skymap; name one with at most {MAX_SKYMAP_LENGTH} characters."
+        )
     paths = [Path(file) for file in files]
     report = progress if progress is not None else (lambda phase, n_done, n_files: None)
     try:

@@ -35,7 +35,8 @@ def make_provenance(
     Parameters
     ----------
     warps : `~collections.abc.Sequence` [`WarpInfo`]
-        The visits; the detectors of those that contribute to some cell have an input row each.
+        The visits; the detectors of those that contribute to some cell, or of all if none does, have an input
+        row each.
     patch : `lsst.images.PatchDefinition`
         Definition of the patch.
     contributes : `numpy.ndarray`, (visit, cell_i, cell_j), bool

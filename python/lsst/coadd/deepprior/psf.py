@@ -163,7 +163,7 @@ def target_sigma(seeing_fwhm: Iterable[float], requested_fwhm: float | None = No
         )
     else:
         fwhm_pixels = float(requested_fwhm)
-        if fwhm_pixels < SAMPLED_FWHM:
+        if not fwhm_pixels >= SAMPLED_FWHM:
             raise ValueError(
                 f"A target PSF with FWHM {fwhm_pixels:.2f} pixels is not sampled by the pixels; "
                 f"ask for at least {SAMPLED_FWHM}."

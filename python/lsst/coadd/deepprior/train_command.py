@@ -26,10 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from .checkpoint import CheckpointError, write_atomically
 from .ingest import DEFAULT_RUN, IngestError
 from .network_dataset import DEFAULT_NETWORK_RUN, NetworkIngestError, ingest_network
+from .numerical_settings import MAX_SEED
 from .progress import ProgressLines
 from .psf import SAMPLED_FWHM
 from .training_data import TrainingDataError, butler_data, file_data, scene_data
-from .training_run import train_network
+from .training_run import check_checkpoint, train_network
 from .warp_files import InvalidWarpFileError
 from .warps import InvalidWarpError
 
@@ -82,7 +83,7 @@ def show_progress() -> Iterator[Report]:
 @click.option("--collection", default=DEFAULT_RUN, help="Collection of the warps in the repository.")
 @click.option("--scenes", type=click.IntRange(min=1), help="Number of scenes to simulate.")
 @click.option("--steps", default=40000, type=click.IntRange(min=1), help="Number of steps.")
-@click.option("--seed", default=1, type=click.IntRange(min=0), help="Seed of all random numbers.")
+@click.option("--seed", default=1, type=click.IntRange(0, MAX_SEED), help="Seed of all random numbers.")
 @click.option(
     "--target-fwhm",
     type=click.FloatRange(min=SAMPLED_FWHM),
@@ -146,6 +147,7 @@ def train_command(
     with contextlib.ExitStack() as stack:
         report = stack.enter_context(show_progress())
         try:
+            check_checkpoint(checkpoint, settings)
             if scenes is not None:
                 data = scene_data(scenes, seed, report)
                 source = ["--scenes", str(scenes)]

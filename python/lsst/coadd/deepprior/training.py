@@ -33,6 +33,7 @@ from .fit import (
 )
 from .fitted_patch import MARGIN
 from .groups import deal_splits
+from .numerical_settings import check_settings
 from .observation import Observation
 from .operators import CellLayout
 from .patch_data import PatchData
@@ -108,15 +109,8 @@ class TrainSettings:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "n_splits", "refresh_every", "checkpoint_every", "base_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, but is {self.seed}.")
-        if self.learning_rate <= 0.0 or self.huber_delta <= 0.0 or self.psf_error < 0.0:
-            raise ValueError(
-                "learning_rate and huber_delta must be positive and psf_error must not be negative."
-            )
+        counts = ("steps", "n_splits", "refresh_every", "checkpoint_every", "base_steps")
+        check_settings(self, dict.fromkeys(counts, 1))
 
 
 class Trainer:

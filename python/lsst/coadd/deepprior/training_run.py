@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("train_network",)
+__all__ = ("check_checkpoint", "train_network")
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .checkpoint import CheckpointError, read_checkpoint, write_checkpoint
@@ -26,6 +26,29 @@ if TYPE_CHECKING:
     from .weights import TrainedNetwork
 
 _ADVICE = "Remove it to start anew, or name another file with --checkpoint."
+
+
+def _facts(settings: TrainSettings) -> dict[str, Any]:
+    """Return what a training belongs to besides its patches."""
+    return {"settings": dataclasses.asdict(settings), "deepprior_version": __version__}
+
+
+def check_checkpoint(checkpoint: Path, settings: TrainSettings) -> None:
+    """Refuse a checkpoint from which a training cannot go on, as far as that can be told without its patches.
+
+    Parameters
+    ----------
+    checkpoint : `~pathlib.Path`
+        The file; it need not be there.
+    settings : `~lsst.coadd.deepprior.training.TrainSettings`
+        Settings of the training.
+
+    Raises
+    ------
+    CheckpointError
+        Raised if the checkpoint is damaged, or belongs to other settings or versions.
+    """
+    read_checkpoint(checkpoint, _facts(settings), owner="a training", advice=_ADVICE, are_all_facts=False)
 
 
 def train_network(
@@ -72,11 +95,7 @@ def train_network(
     """
     from .training import Trainer
 
-    facts = {
-        "settings": dataclasses.asdict(settings),
-        "patches": data.fingerprint,
-        "deepprior_version": __version__,
-    }
+    facts = _facts(settings) | {"patches": data.fingerprint}
     state = read_checkpoint(checkpoint, facts, owner="a training", advice=_ADVICE)
     report = progress if progress is not None else lambda *_: None
     try:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("RefusalError", "WarpFileHeader", "night_of", "read_warp_file_header")
+__all__ = ("MAX_SKYMAP_LENGTH", "RefusalError", "WarpFileHeader", "night_of", "read_warp_file_header")
 
 import dataclasses
 import math
@@ -25,6 +25,9 @@ from lsst.images import YX, Box
 from lsst.images.cells import CellGrid
 
 from .cells import cover_with_cells
+
+MAX_SKYMAP_LENGTH = 64
+"""Number of characters that a Butler has for the name of a skymap (`int`)."""
 
 _NO_NIGHT = 19700101
 """Night (YYYYMMDD) of visits whose time is not known."""
@@ -160,7 +163,7 @@ def read_warp_file_header(
         physical_filter=_required("FILTER", _text(primary, "FILTER", 32)),
         exposure_time=_number(primary, "EXPTIME", 0.0, _LONGEST_EXPOSURE),
         mjd=_number(primary, "MJD", _FIRST_MJD, _LAST_MJD),
-        skymap=_text(primary, "SKYMAP", 64),
+        skymap=_text(primary, "SKYMAP", MAX_SKYMAP_LENGTH),
         tract=_integer(primary, "TRACT", minimum=0),
         patch=_integer(primary, "PATCH", minimum=0),
         cells=_read_cells(primary),

@@ -25,8 +25,8 @@ from .operators import CellLayout
 from .patch_data import PatchData
 
 WINDOW = 512
-"""Least side of a window in pixels; patches are fitted whole up to twice of it. ``benchmarks/windows.py``
-compares it with half of it and with the whole."""
+"""Side of a window in pixels of the visits, up to whole cells but not beyond half of the patch; patches are
+fitted whole up to twice of it. ``benchmarks/windows.py`` compares it with half of it and with the whole."""
 
 
 def fit_windows(data: PatchData, seed: int) -> list[PatchData]:

@@ -14,6 +14,7 @@ from lsst.pipe.base import PipelineTaskConfig
 from lsst.pipe.base.connectionTypes import Output, PrerequisiteInput
 
 from ..network_dataset import NETWORK_DATASET_TYPE, NETWORK_STORAGE_CLASS
+from ..numerical_settings import MAX_SEED
 from ..psf import SAMPLED_FWHM
 from .direct_warp_inputs import DirectWarpConfig, DirectWarpConnections
 
@@ -228,6 +229,7 @@ class DeepPriorCoaddConfig(
         doc="Seed of all random numbers. The same inputs, configuration and seed give the same result.",
         default=1,
         min=0,
+        max=MAX_SEED,
     )
     device = ChoiceField[str](
         doc="Where to compute.",

@@ -177,6 +177,13 @@ def refined_observations(
         What is known of the PSFs.
     observations, layout, device, progress
         As in `~lsst.coadd.deepprior.psf_refinement.refine_psfs`.
+
+    Returns
+    -------
+    observations : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.observation.Observation`]
+        The visits.
+    refinement : `~lsst.coadd.deepprior.psf_refinement.PsfRefinement` or `None`
+        What was learned.
     """
     from ..psf_refinement import CorrectedObservations, refine_psfs
 
@@ -208,6 +215,11 @@ def open_checkpoint(
         File that the fit keeps its state in.
     **further
         What else it depends on.
+
+    Returns
+    -------
+    checkpoint : `~lsst.coadd.deepprior.fit_checkpoint.FitCheckpoint`
+        Where the fit keeps its state.
 
     Raises
     ------
