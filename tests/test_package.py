@@ -44,7 +44,7 @@ def archives(tmp_path_factory):
     """Return a wheel and a source archive, built from a copy of the source tree."""
     source = tmp_path_factory.mktemp("source")
     for name in ("python", *SOURCE_FOLDERS):
-        ignored = shutil.ignore_patterns("*.egg-info", "__pycache__")
+        ignored = shutil.ignore_patterns("*.egg-info", "__pycache__", ".*")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE", "COPYRIGHT", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
@@ -102,7 +102,10 @@ def test_source_archive_has_the_tests_and_what_they_read(archives):
         files = {name.partition("/")[2] for name in archive.getnames()}
     for folder in SOURCE_FOLDERS:
         here = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()}
-        assert {str(path) for path in here if "__pycache__" not in path.parts} <= files
+        here = {path for path in here if not re.search(r"/(\.|__pycache__)", str(path))}
+        assert here
+        assert set(map(str, here)) <= files
+        assert not any(name.startswith(f"{folder}/.") for name in files)
     assert "python/lsst/__init__.py" in files
 
 
