@@ -303,20 +303,29 @@ def test_one_visit_much_sharper_than_the_others() -> None:
     assert fit_star(result.image, x=20.2, y=15.7, radius=4).flux == pytest.approx(8000.0, rel=0.05)
 
 
-def test_network_that_has_lost_the_light_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def dark(*arguments: object) -> tuple[Trunk, list[tuple[int, float]]]:
-        trunk = make_trunk(1, torch.device("cpu"), torch.float32)
+@pytest.mark.parametrize("is_star_kept", [False, True])
+def test_network_that_has_lost_the_light_is_not_used(
+    is_star_kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three fits end in the dark, but for the brightest star where the light of stars is kept from them."""
+    seeds: list[int] = []
+
+    def dark(seed: int, device: torch.device, dtype: torch.dtype) -> Trunk:
+        seeds.append(seed)
+        trunk = make_trunk(seed, device, dtype)
         with torch.no_grad():
             trunk.exit.weight.fill_(0.0)
             trunk.exit.bias.fill_(-50.0)
-        return trunk, [(0, 1.0)]
+        return trunk
 
     visits = observe(LAYOUT, STARS, [1.6, 1.8, 2.2], seed=2)
-    # The light of stars is kept from the network; here nothing is a star.
-    monkeypatch.setattr("lsst.coadd.deepprior.network._significance", lambda *_: torch.zeros(1, 1, 1))
+    if not is_star_kept:
+        monkeypatch.setattr("lsst.coadd.deepprior.network._significance", lambda *_: torch.zeros(1, 1, 1))
+    settings = dataclasses.replace(QUICK, steps=4)
     base = restore(visits, LAYOUT, dataclasses.replace(QUICK, steps=0))
-    monkeypatch.setattr("lsst.coadd.deepprior.fitted_patch.fit_scratch", dark)
-    result = restore(visits, LAYOUT, QUICK)
+    monkeypatch.setattr("lsst.coadd.deepprior.scratch.make_trunk", dark)
+    result = restore(visits, LAYOUT, settings)
+    assert seeds == [1, 2, 3]
     assert "lost the light" in result.metrics["method"]
     np.testing.assert_array_equal(result.image, base.image)
 

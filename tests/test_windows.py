@@ -21,6 +21,8 @@ from lsst.coadd.deepprior.finer import finer_layout, finer_observation
 from lsst.coadd.deepprior.fit_checkpoint import FitCheckpoint
 from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.groups import deal_splits
+from lsst.coadd.deepprior.network import Trunk
+from lsst.coadd.deepprior.numerical_settings import MAX_SEED
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.patch_data import PatchData
@@ -183,6 +185,35 @@ def test_fit_of_windows_lowers_the_objective_that_it_does_not_read(
     again, _ = fit_scratch(data, settings)
     for one, other in zip(net.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_fit_that_ends_in_the_dark_begins_anew(data: PatchData, tmp_path: Path) -> None:
+    """With the seed after the first one, also where it was interrupted; after three there is no network."""
+    settings = RestoreSettings(base_steps=20, steps=8, refresh_every=4, n_splits=4, seed=MAX_SEED)
+    expected, _ = fit_scratch(data, dataclasses.replace(settings, seed=0))
+    tried: list[Trunk] = []
+
+    def is_sound(net: Trunk) -> bool:
+        tried.append(net)
+        return len(tried) == 2
+
+    def stop(phase: str, step: int, n_steps: int, loss: float) -> None:
+        if tried and step == 4:
+            raise KeyboardInterrupt
+
+    def checkpoint() -> FitCheckpoint:
+        return FitCheckpoint(tmp_path / "fit", 2, {}, logging.getLogger("fit"))
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_scratch(data, settings, stop, checkpoint(), is_sound=is_sound)
+    net, curve = fit_scratch(data, settings, None, checkpoint(), is_sound=is_sound)
+    assert len(tried) == 2
+    assert [step for step, _ in curve] == [0, 4, 8]
+    assert net is not None
+    for one, other in zip(net.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert fit_scratch(data, settings, is_sound=is_sound)[0] is None
+    assert len(tried) == 5
 
 
 def test_fit_of_windows_that_was_interrupted_goes_on(

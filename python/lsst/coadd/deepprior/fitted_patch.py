@@ -11,6 +11,7 @@ __all__ = ("MARGIN", "FittedPatch", "Progress", "RestoreSettings", "fit_patch")
 
 import copy
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -55,8 +56,9 @@ linearisations, which disturb their acceleration, so many give bright pixels the
 
 _BRIGHT = 10.0
 _LOST = 0.5
-"""A network has lost the light if it leaves less than this part of that in pixels of the base that are so
-many times brighter than the noise. One that predicts visits at all keeps nearly all of it."""
+"""A network has lost the light if it leaves less than this part of it in most pixels of the base that are so
+many times brighter than the noise. One that predicts visits at all keeps nearly all of it; one that has not
+may still keep the brightest star."""
 
 MARGIN = 16
 """Width in pixels of the visits of the canvas around the patch, for the light of sources just outside."""
@@ -292,10 +294,16 @@ def fit_patch(
         if data.n_groups == 1:
             base = latent_and_slope(features.start, features.noise)[0]
             to_fit = in_halves(data, base, observations, settings.seed)
-        net, curve = fit_scratch(to_fit, settings, progress, checkpoint, batches)
+        net, curve = fit_scratch(
+            to_fit,
+            settings,
+            progress,
+            checkpoint,
+            batches,
+            is_sound=functools.partial(_keeps_light, features=features),
+        )
         method = "network fitted from scratch"
-        if _lost_light(net, features):
-            net = None
+        if net is None:
             method = "maximum likelihood: the network that was fitted lost the light of bright sources"
         curves["fit_step"] = [float(step) for step, _ in curve]
         curves["held_out"] = [value for _, value in curve]
@@ -321,11 +329,12 @@ def fit_patch(
     )
 
 
-def _lost_light(net: Trunk, features: Features) -> bool:
-    """Return whether a network takes away what the data show beyond doubt."""
+def _keeps_light(net: Trunk, features: Features) -> bool:
+    """Return whether a network keeps what the data show beyond doubt."""
     base = latent_and_slope(features.start, features.noise)[0]
     bright = base > _BRIGHT * features.noise
-    return bool((mean_latent_image(net, features) * bright).sum() < _LOST * (base * bright).sum())
+    kept = mean_latent_image(net, features)[bright] / base[bright]
+    return len(kept) == 0 or float(kept.median()) > _LOST
 
 
 def _latent(

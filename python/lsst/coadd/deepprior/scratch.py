@@ -10,6 +10,8 @@ from __future__ import annotations
 __all__ = ("fit_scratch",)
 
 import contextlib
+import dataclasses
+import logging
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ from .batches import Batches
 from .fit import N_TURNS, SplitLoss, WeightAverage, load_weights_state, make_trunk, one_cycle, weights_state
 from .groups import deal_splits
 from .network import Trunk
+from .numerical_settings import MAX_SEED
 from .parallel import operations_in_parallel
 from .patch_data import PatchData
 from .windows import fit_windows
@@ -31,6 +34,11 @@ if TYPE_CHECKING:
 _AVERAGING = 0.99
 """Decay of the running mean of the weights, which is the network that is used."""
 
+_ATTEMPTS = 3
+"""Number of random starts that a fit may need."""
+
+_LOG = logging.getLogger(__name__)
+
 
 def fit_scratch(
     data: PatchData,
@@ -38,8 +46,12 @@ def fit_scratch(
     progress: Callable[[str, int, int, float], None] | None = None,
     checkpoint: FitCheckpoint | None = None,
     batches: Batches | None = None,
-) -> tuple[Trunk, list[tuple[int, float]]]:
+    is_sound: Callable[[Trunk], bool] = lambda net: True,
+) -> tuple[Trunk | None, list[tuple[int, float]]]:
     """Fit a network with a random start to the splits of a patch, or of windows of a large one.
+
+    A fit may end with a network that is dark, since too large a step has put its units out for good. Then it
+    is begun anew from another random start.
 
     Parameters
     ----------
@@ -53,11 +65,13 @@ def fit_scratch(
         Where the state of the fit is kept, and goes on from if there is one.
     batches : `~lsst.coadd.deepprior.batches.Batches`, optional
         How many splits are prepared and linearised at once.
+    is_sound : `~collections.abc.Callable`, optional
+        Tells whether a network can be used.
 
     Returns
     -------
-    net : `~lsst.coadd.deepprior.network.Trunk`
-        The network, with the running mean of its weights.
+    net : `~lsst.coadd.deepprior.network.Trunk` or `None`
+        The network, with the running mean of its weights; `None` if none of three was sound.
     curve : `list` [`tuple` [`int`, `float`]]
         Steps, and the objective of the visits that the encoder did not read.
 
@@ -69,6 +83,27 @@ def fit_scratch(
         Raised if the state is that of another fit.
     """
     stored = checkpoint.load() if checkpoint is not None else None
+    first = 0 if stored is None else int(stored.pop("attempt", torch.tensor(0)))
+    for attempt in range(first, _ATTEMPTS):
+        own = dataclasses.replace(settings, seed=(settings.seed + attempt) % (MAX_SEED + 1))
+        net, curve = _fit(data, own, progress, checkpoint, batches, stored, attempt)
+        if is_sound(net):
+            return net, curve
+        stored = None
+        _LOG.warning("Fit %d of at most %d has lost the light of bright sources.", attempt + 1, _ATTEMPTS)
+    return None, curve
+
+
+def _fit(
+    data: PatchData,
+    settings: RestoreSettings,
+    progress: Callable[[str, int, int, float], None] | None,
+    checkpoint: FitCheckpoint | None,
+    batches: Batches | None,
+    stored: dict[str, torch.Tensor] | None,
+    attempt: int,
+) -> tuple[Trunk, list[tuple[int, float]]]:
+    """Fit one network, from a random start or from where it was."""
     generator = torch.Generator().manual_seed(settings.seed)
     parts = fit_windows(data, settings.seed)
     n_splits = max(1, settings.n_splits // len(parts))
@@ -99,6 +134,7 @@ def fit_scratch(
             "generator": generator.get_state(),
             "order": torch.tensor(order, dtype=torch.int64),
             "curve": torch.tensor(curve, dtype=torch.float64),
+            "attempt": torch.tensor(attempt),
             **linearised,
             **weights_state(net, average, optimizer),
         }
