@@ -445,6 +445,15 @@ def test_progress_without_a_terminal(
     ]
 
 
+def test_time_left_of_a_fit_that_begins_anew_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    report = progress.ProgressLines(lines.append)
+    for now, step in ((0.0, 0), (1000.0, 100), (1001.0, 0), (1101.0, 10)):
+        monkeypatch.setattr(progress.time, "monotonic", lambda now=now: now)
+        report("fit", step, 100, 0.5)
+    assert lines[2:] == ["fit: 0 of 100, loss 0.5", "fit: 10 of 100, loss 0.5, 900 s left"]
+
+
 @pytest.mark.parametrize(
     ("phase", "number"), [("noise", "rms 0.25 nJy"), ("noise i", "rms 0.25 nJy"), ("fit i", "loss 0.25")]
 )

@@ -187,7 +187,9 @@ def test_fit_of_windows_lowers_the_objective_that_it_does_not_read(
         assert torch.equal(one, other)
 
 
-def test_a_fit_that_ends_in_the_dark_begins_anew(data: PatchData, tmp_path: Path) -> None:
+def test_a_fit_that_ends_in_the_dark_begins_anew(
+    data: PatchData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """With the seed after the first one, also where it was interrupted; after three there is no network."""
     settings = RestoreSettings(base_steps=20, steps=8, refresh_every=4, n_splits=4, seed=MAX_SEED)
     expected, _ = fit_scratch(data, dataclasses.replace(settings, seed=0))
@@ -212,8 +214,11 @@ def test_a_fit_that_ends_in_the_dark_begins_anew(data: PatchData, tmp_path: Path
     assert net is not None
     for one, other in zip(net.parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert fit_scratch(data, settings, is_sound=is_sound)[0] is None
+    (tmp_path / "fit").unlink()
+    with caplog.at_level(logging.INFO):
+        assert fit_scratch(data, settings, None, checkpoint(), is_sound=is_sound)[0] is None
     assert len(tried) == 5
+    assert caplog.text.count("The fit has 8 steps, 8 of them taken in this process") == 3
 
 
 def test_fit_of_windows_that_was_interrupted_goes_on(

@@ -182,6 +182,7 @@ class FitCheckpoint:
             self._write()
         if step == n_steps:
             self._log.info("The fit has %d steps, %d of them taken in this process.", n_steps, self._n_taken)
+            self._n_taken = 0
 
     def _write(self) -> None:
         """Write the last state that was kept."""

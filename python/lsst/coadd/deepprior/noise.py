@@ -169,7 +169,8 @@ class _Sums:
     found : `list` [`~lsst.coadd.deepprior.outliers.Outlier`]
         The outliers.
     levels : `list` [`tuple` [`torch.Tensor`, `torch.Tensor`]]
-        What `~lsst.coadd.deepprior.outliers.local_level` says of each visit, if outliers were looked for.
+        What `~lsst.coadd.deepprior.outliers.local_level` says of each visit, if outliers were looked for
+        without a deficit.
     """
 
     total: np.ndarray
@@ -228,8 +229,9 @@ def _sums(
             far = find_outliers(own, scale, usable)
             if oversubtracted:
                 far &= find_outliers(own - deficit, scale, usable)
+            else:
+                levels.append(local_level(own, scale, usable))
             outlier = far.cpu().numpy() & (w > 0)
-            levels.append(local_level(own, scale, usable))
             n_rejected += outlier
             psf_at = functools.partial(_stamp_at, observations[index].psf, layout, step)
             found += outliers_of_visit(

@@ -48,7 +48,7 @@ class ProgressLines:
         self._write = write
         self._phase = ""
         self._started = self._written = 0.0
-        self._first = 0
+        self._first = self._last = 0
 
     def __call__(self, phase: str, step: int, n_steps: int, loss: float = math.nan) -> None:
         """Write a line if it is time for one.
@@ -63,7 +63,9 @@ class ProgressLines:
             The loss; where the phase is ``noise``, the rms of what the noise changes in nJy.
         """
         now = time.monotonic()
-        if phase != self._phase:
+        begins = phase != self._phase or step < self._last
+        self._last = step
+        if begins:
             self._phase, self._started, self._first = phase, now, step
         elif now < self._written + _INTERVAL and step < n_steps:
             return
