@@ -54,7 +54,7 @@ def test_no_group_is_refused() -> None:
         deal_groups(np.ones(3), np.ones(3), n_groups=0)
 
 
-@pytest.mark.parametrize("n_images", [1, 2, 3, 4])
+@pytest.mark.parametrize("n_images", [1, 2, 3, 4, 5])
 def test_lower_median_of_few_images_is_exact(n_images: int) -> None:
     rng = np.random.default_rng(n_images)
     images = rng.standard_normal((n_images, 7, 5))
@@ -69,6 +69,15 @@ def test_lower_median_leaves_out_what_has_no_value() -> None:
     assert result[0, 0] == 2.0
     assert result[0, 1].isnan()
     assert result[0, 2] == 5.0
+
+
+@pytest.mark.parametrize("n_images", [1, 2, 3, 4, 5])
+def test_lower_median_is_that_of_the_values_there_are(n_images: int) -> None:
+    rng = np.random.default_rng(n_images)
+    images = torch.as_tensor(rng.standard_normal((n_images, 31, 23)))
+    images[torch.as_tensor(rng.random(images.shape) < 0.4)] = torch.nan
+    expected = images.nanmedian(dim=0).values
+    np.testing.assert_array_equal(lower_median(images).numpy(), expected.numpy())
 
 
 @pytest.mark.parametrize("n_images", [5, 23, 60, 125])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .baselines import gaussian_smooth
+from .box_maximum import box_maximum
 from .groups import lower_median, median_of
 from .patch_data import PatchData
 from .statistics import VisitSets
@@ -110,15 +111,8 @@ def _share(signal: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
 
 def _without_holes(share: torch.Tensor, width: float) -> torch.Tensor:
     """Close holes (grey closing), such as bright stars leave in front of a galaxy."""
-    half = round(_HOLE * width)
-    for sign in (1.0, -1.0):
-        for axis in (0, 1):
-            size = (1 + 2 * half * (1 - axis), 1 + 2 * half * axis)
-            padding = (size[0] // 2, size[1] // 2)
-            share = (
-                sign * torch.nn.functional.max_pool2d(sign * share[None], size, stride=1, padding=padding)[0]
-            )
-    return share
+    size = 1 + 2 * round(_HOLE * width)
+    return -box_maximum(-box_maximum(share, size, size), size, size)
 
 
 def _noise_ratio(kernels: torch.Tensor, width: float) -> float:

@@ -12,6 +12,8 @@ __all__ = ("between_samples", "filled_from_neighbours")
 import torch
 import torch.nn.functional
 
+from .box_maximum import box_maximum
+
 _FALL = 0.75
 """Brightness of a pixel without data as part of its brightest neighbour, so that the guess for a saturated
 core falls off inwards."""
@@ -61,6 +63,6 @@ def filled_from_neighbours(images: torch.Tensor, reach: int) -> torch.Tensor:
     for _ in range(reach):
         if not bool(images.isnan().any()):
             break
-        nearest = torch.nn.functional.max_pool2d(images.nan_to_num(-torch.inf), 3, stride=1, padding=1)
+        nearest = box_maximum(images.nan_to_num(-torch.inf), 3, 3)
         images = torch.where(images.isnan() & nearest.isfinite(), _FALL * nearest, images)
     return images

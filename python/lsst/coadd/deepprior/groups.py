@@ -74,8 +74,22 @@ def median_of(images: Sequence[torch.Tensor], weights: Sequence[int] = ()) -> to
     blocks = zip(*(image.split(_MEDIAN_ROWS) for image in images), strict=True)
     if len(set(weights)) > 1:
         return torch.cat([_weighted_lower_median(torch.stack(block), weights) for block in blocks])
-    # torch's nanmedian is the lower of the two middle values.
-    return torch.cat([torch.stack(block).nanmedian(dim=0).values for block in blocks])
+    return torch.cat([_lower_median(block) for block in blocks])
+
+
+def _lower_median(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the lower median by sorting whole images, pixel by pixel (odd-even transposition sort)."""
+    missing = [image.isnan() for image in images]
+    number = len(images) - torch.stack(missing).sum(dim=0, dtype=torch.int16)
+    ranked = [torch.where(none, torch.inf, image) for none, image in zip(missing, images, strict=True)]
+    for turn in range(len(ranked)):
+        for k in range(turn % 2, len(ranked) - 1, 2):
+            low, high = ranked[k : k + 2]
+            ranked[k : k + 2] = torch.minimum(low, high), torch.maximum(low, high)
+    median = torch.where(number > 0, ranked[0], torch.nan)
+    for k in range(1, (len(ranked) + 1) // 2):
+        median = torch.where(number > 2 * k, ranked[k], median)
+    return median
 
 
 def _weighted_lower_median(images: torch.Tensor, weights: Sequence[int]) -> torch.Tensor:

@@ -28,6 +28,7 @@ import torch.nn.functional
 from astropy import units as u
 from astropy.table import Column, Table
 
+from .box_maximum import box_maximum
 from .psf import gaussian_stamp, shift_stamp
 
 _OUTLIER_SIGMA = 5.5
@@ -145,8 +146,7 @@ def _smoothed(image: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
 def _grown_peaks(significance: torch.Tensor, reach: int) -> torch.Tensor:
     """Return pixels above `_OUTLIER_RIM_SIGMA` within some pixels of one above `_OUTLIER_SIGMA`."""
     peaks = (significance > _OUTLIER_SIGMA).to(significance.dtype)
-    near = torch.nn.functional.max_pool2d(peaks[None, None], 2 * reach + 1, stride=1, padding=reach)[0, 0] > 0
-    return near & (significance > _OUTLIER_RIM_SIGMA)
+    return (box_maximum(peaks, 2 * reach + 1, 2 * reach + 1) > 0) & (significance > _OUTLIER_RIM_SIGMA)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ import scipy.spatial
 import torch
 
 from .baselines import inner_smooth, maximum_likelihood
+from .box_maximum import box_maximum
 from .patch_data import PatchData
 from .point_sources import PointSources, point_sources
 from .point_templates import point_latent
@@ -273,8 +274,7 @@ class RefinementSky:
 
 def _grown(chosen: torch.Tensor, width: int) -> torch.Tensor:
     """Return the pixels that have a chosen one in the box of some odd width around them, (y, x) bool."""
-    grown = torch.nn.functional.max_pool2d(chosen.float()[None, None], width, stride=1, padding=width // 2)
-    return grown[0, 0] > 0.0
+    return box_maximum(chosen.float(), width, width) > 0.0
 
 
 def _chi2(values: np.ndarray, covariance: np.ndarray) -> np.ndarray:
