@@ -113,13 +113,13 @@ def test_a_dense_field_is_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(whole.flux) == len(stars)
     sizes = []
 
-    def noted(canvas: object, points: np.ndarray, *images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        sizes.append(len(points))
-        return equations(canvas, points, *images)
+    def noted(equations: module._Equations, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sizes.append(len(members))
+        return of(equations, members)
 
-    equations = module._equations
+    of = module._Equations.of
     monkeypatch.setattr(module, "_LARGEST", 5)
-    monkeypatch.setattr(module, "_equations", noted)
+    monkeypatch.setattr(module._Equations, "of", noted)
     _, _, parts = _points(visits)
     assert max(sizes) < len(stars)
     # Standard errors are some .01 pixels and a third of a per cent of the fluxes and more.

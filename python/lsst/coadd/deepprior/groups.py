@@ -14,15 +14,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from .parallel import by_rows
+
 MAX_GROUPS = 12
 """Largest number of groups that the visits of a patch are dealt into."""
 
 _MEDIAN_BUFFER = 5
 """Number of images whose median is taken at once where a median of many is approximated."""
-
-
-_MEDIAN_ROWS = 256
-"""Number of rows whose median is taken at once, for the memory of its copies."""
 
 
 def lower_median(images: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -57,7 +55,7 @@ def lower_median(images: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def median_of(images: Sequence[torch.Tensor], weights: Sequence[int] = ()) -> torch.Tensor:
-    """Return the pixel-wise lower median of some images, row block by row block.
+    """Return the pixel-wise lower median of some images.
 
     Parameters
     ----------
@@ -71,14 +69,18 @@ def median_of(images: Sequence[torch.Tensor], weights: Sequence[int] = ()) -> to
     median : `torch.Tensor`, (y, x)
         NaN where no image has a value.
     """
-    blocks = zip(*(image.split(_MEDIAN_ROWS) for image in images), strict=True)
-    if len(set(weights)) > 1:
-        return torch.cat([_weighted_lower_median(torch.stack(block), weights) for block in blocks])
-    return torch.cat([_lower_median(block) for block in blocks])
+    median = torch.empty_like(images[0])
+
+    def find(out: torch.Tensor, *rows: torch.Tensor) -> None:
+        some = _lower_median(rows) if len(set(weights)) < 2 else _weighted_lower_median(rows, weights)
+        out.copy_(some)
+
+    by_rows(find, median, *images)
+    return median
 
 
 def _lower_median(images: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the lower median by sorting whole images, pixel by pixel (odd-even transposition sort)."""
+    """Return the lower median by an odd-even transposition sort of images, all pixels at a time."""
     missing = [image.isnan() for image in images]
     number = len(images) - torch.stack(missing).sum(dim=0, dtype=torch.int16)
     ranked = [torch.where(none, torch.inf, image) for none, image in zip(missing, images, strict=True)]
@@ -92,9 +94,9 @@ def _lower_median(images: Sequence[torch.Tensor]) -> torch.Tensor:
     return median
 
 
-def _weighted_lower_median(images: torch.Tensor, weights: Sequence[int]) -> torch.Tensor:
-    """Return the least value of each pixel up to which the images, (n, y, x), have half of the weight."""
-    values, order = images.sort(dim=0)  # NaN last
+def _weighted_lower_median(images: Sequence[torch.Tensor], weights: Sequence[int]) -> torch.Tensor:
+    """Return the least value of each pixel up to which the images have half of the weight."""
+    values, order = torch.stack(list(images)).sort(dim=0)  # NaN last
     weight = torch.as_tensor(weights, dtype=values.dtype, device=values.device)[order]
     weight = torch.where(values.isnan(), 0.0, weight)
     below = weight.cumsum(dim=0) < 0.5 * weight.sum(dim=0)

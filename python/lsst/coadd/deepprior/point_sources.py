@@ -33,7 +33,7 @@ import torch
 
 from .baselines import inner_smooth
 from .patch_data import PatchData
-from .point_templates import Template, half_width, point_templates
+from .point_templates import half_width, point_templates
 from .psf import FWHM_PER_SIGMA, gaussian_stamp
 from .statistics import SetStatistics, VisitSets
 
@@ -134,7 +134,9 @@ class _Canvas:
         self.variance = np.maximum(noise, 0.0)
         self.excess = np.maximum(self.variance / np.maximum(seen, tiny), 1.0)
         self.snr = self.image / self.peak * np.sqrt(np.maximum(seen, 0.0)) * (sky > 0.0)
-        self.gram = data.gram_kernel().cpu().numpy()
+        # With room for the lags between the templates of points as far apart as the kernel reaches.
+        lags = 4 * half_width(data.sigma)
+        self.gram = np.pad(data.gram_kernel().cpu().numpy(), ((0, 0), (0, 0), (lags, lags), (lags, lags)))
         self.blind = np.ones(self.image.shape, dtype=bool)
         patch = tuple(slice(data.margin, data.margin + n) for n in data.layout.shape)
         self.blind[patch] = data.pixel_weight(data.weight.sum(axis=0)) == 0.0
@@ -148,12 +150,11 @@ class _Canvas:
         inside[border:-border, border:-border] = True
         return np.argwhere(highest & inside & (self.snr > snr))
 
-    def gram_of(self, y: float, x: float) -> np.ndarray:
-        """Return the kernel of A in the cell of a position."""
-        layout, margin = self.data.layout, self.data.margin
-        i = min(max((round(y) - margin) // layout.height, 0), layout.n_i - 1)
-        j = min(max((round(x) - margin) // layout.width, 0), layout.n_j - 1)
-        return self.gram[i, j]
+    def cells_of(self, points: np.ndarray) -> np.ndarray:
+        """Return row and column of the cells of points, (point, 2)."""
+        layout = self.data.layout
+        pixels = np.rint(points[:, :0:-1]).astype(int) - self.data.margin
+        return np.clip(pixels // (layout.height, layout.width), 0, (layout.n_i - 1, layout.n_j - 1))
 
     def excess_at(self, points: np.ndarray) -> np.ndarray:
         """Return the variance of the gradient at points over that of the sky, (point,)."""
@@ -336,31 +337,38 @@ def _products(padded: np.ndarray, n: int, shift: tuple[int, int]) -> np.ndarray:
     return windows[:, :, ::-1, ::-1].reshape(n**2, n**2)
 
 
-def _normal_matrix(
-    canvas: _Canvas, templates: list[Template], points: np.ndarray, coverage: np.ndarray
-) -> np.ndarray:
-    """Return T^T A T of a group, (6 point, 6 point), with A reduced to what has data on both sides."""
-    reduced = [(t.images * np.sqrt(t.cut(coverage))).reshape(6, -1) for t in templates]
-    n = templates[0].images.shape[-1]
-    matrix = np.zeros((6 * len(templates),) * 2)
-    for a, one in enumerate(templates):
-        padded = np.pad(canvas.gram_of(points[a, 2], points[a, 1]), 2 * (n - 1))
-        for b, other in enumerate(templates[: a + 1]):
-            gram = _products(padded, n, (one.y0 - other.y0, one.x0 - other.x0))
-            block = reduced[a] @ gram @ reduced[b].T
-            matrix[6 * a : 6 * a + 6, 6 * b : 6 * b + 6] = block
-            matrix[6 * b : 6 * b + 6, 6 * a : 6 * a + 6] = block.T
-    return matrix
+class _Equations:
+    """Normal matrix T^T A T and right side T^T D of points, with A reduced to what has data on both sides."""
 
+    def __init__(
+        self, canvas: _Canvas, points: np.ndarray, gradient: np.ndarray, coverage: np.ndarray
+    ) -> None:
+        self._gram = canvas.gram
+        self._cells = canvas.cells_of(points)
+        self._templates = point_templates(canvas.data.sigma, points)
+        self._n = self._templates[0].images.shape[-1]
+        images = np.array([t.images for t in self._templates])
+        data, seen = (np.array([t.cut(image) for t in self._templates]) for image in (gradient, coverage))
+        self._right = np.einsum("pkyx,pyx->pk", images, data)
+        self._reduced = (images * np.sqrt(seen)[:, None]).reshape(len(points), 6, -1)
+        self._own = np.empty((len(points), 6, 6))
+        cells, number = np.unique(self._cells, axis=0, return_inverse=True)
+        for k, cell in enumerate(cells):
+            some = self._reduced[number == k]
+            self._own[number == k] = some @ _products(self._gram[*cell], self._n, (0, 0)) @ some.mT
 
-def _equations(
-    canvas: _Canvas, points: np.ndarray, gradient: np.ndarray, coverage: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the normal matrix and the right side of a group, (point, 6, point, 6) and (point, 6)."""
-    templates = point_templates(canvas.data.sigma, points)
-    matrix = _normal_matrix(canvas, templates, points, coverage)
-    right = np.array([np.einsum("kyx,yx->k", t.images, t.cut(gradient)) for t in templates])
-    return matrix.reshape(len(points), 6, len(points), 6), right
+    def of(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the matrix (point, 6, point, 6) and the right side (point, 6) of some points."""
+        matrix = np.zeros((len(members), 6, len(members), 6))
+        for a, one in enumerate(members):
+            matrix[a, :, a] = self._own[one]
+            for b, other in enumerate(members[:a]):
+                first, second = self._templates[one], self._templates[other]
+                shift = (first.y0 - second.y0, first.x0 - second.x0)
+                gram = _products(self._gram[*self._cells[one]], self._n, shift)
+                matrix[a, :, b] = self._reduced[one] @ gram @ self._reduced[other].T
+                matrix[b, :, a] = matrix[a, :, b].T
+        return matrix, self._right[members]
 
 
 def _moment_variance(canvas: _Canvas) -> float:
@@ -386,8 +394,9 @@ def _moved(
     """
     moved = points.copy()
     variance = _moment_variance(canvas)
+    equations = _Equations(canvas, points, gradient, coverage)
     for members, n_own in groups:
-        matrix, right = _equations(canvas, points[members], gradient, coverage)
+        matrix, right = equations.of(members)
         for place, excess in enumerate(canvas.excess_at(points[members])):
             moments = np.arange(3, 6)
             # A little of the matrix itself where the PSF has no error.
@@ -413,8 +422,9 @@ def _insignificant(
     moment_error = _moment_variance(canvas) * np.eye(3)
     reach = math.ceil(canvas.seeing)
     stays = np.zeros(len(points), dtype=bool)
+    equations = _Equations(canvas, points, gradient, coverage)
     for members, n_own in groups:
-        matrix, right = _equations(canvas, points[members], gradient, coverage)
+        matrix, right = equations.of(members)
         k = 3 * len(members)
         inverse = np.linalg.pinv(matrix[:, _PARAMETERS][..., _PARAMETERS].reshape(k, k), hermitian=True)
         for place, (member, excess) in enumerate(
