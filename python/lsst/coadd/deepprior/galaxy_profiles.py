@@ -59,6 +59,12 @@ def _transforms() -> scipy.interpolate.RectBivariateSpline:
     return scipy.interpolate.RectBivariateSpline(np.log(_INDICES), np.log1p(4.0 * _WAVE_NUMBERS), table)
 
 
+@functools.lru_cache(maxsize=64)
+def _transform(log_index: float) -> np.ndarray:
+    """Return the Fourier transform of the Sérsic profile of some index at `_FINE`."""
+    return _transforms()(log_index, _FINE)[0]
+
+
 def galaxy_stamp(psf: np.ndarray, shape: GalaxyShape, dy: float, dx: float, size: int) -> np.ndarray:
     r"""Draw a galaxy of unit flux at the PSF of a coadd.
 
@@ -100,7 +106,7 @@ def galaxy_stamp(psf: np.ndarray, shape: GalaxyShape, dy: float, dx: float, size
     xx, yy, xy = np.cosh(stretch) + sinc * shape.e1, np.cosh(stretch) - sinc * shape.e1, sinc * shape.e2
     radius = np.exp(shape.log_radius)
     wave = np.minimum(radius * np.hypot(xx * kx + xy * ky, xy * kx + yy * ky), _WAVE_NUMBERS[-1])
-    profile = np.interp(np.log1p(4.0 * wave), _FINE, _transforms()(shape.log_index, _FINE)[0])
+    profile = np.interp(np.log1p(4.0 * wave), _FINE, _transform(float(shape.log_index)))
     shift = (size - k) // 2
     phase = np.exp(-1j * ky * (dy + shift)) * np.exp(-1j * kx * (dx + shift))
     drawn = scipy.fft.irfft2(scipy.fft.rfft2(psf, (wide, wide)) * profile * phase, (wide, wide))

@@ -176,7 +176,8 @@ def _products(templates: Sequence[Stamp], scale: np.ndarray, smooth: np.ndarray)
     for k, stamp in enumerate(templates):
         ys, xs = stamp.slices
         boxes.setdefault((ys.start, ys.stop, xs.start, xs.stop), []).append(k)
-    groups = list(boxes.values())
+    groups = [np.array(group) for group in boxes.values()]
+    arrays = [np.stack([templates[k].array for k in group]) for group in groups]
     y0, y1, x0, x1 = np.array(list(boxes), dtype=int).reshape(-1, 4).T
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for n, group in enumerate(groups):
@@ -188,17 +189,12 @@ def _products(templates: Sequence[Stamp], scale: np.ndarray, smooth: np.ndarray)
             top, bottom = max(ys.start, int(y0[m])), min(ys.stop, int(y1[m]))
             left, right = max(xs.start, int(x0[m])), min(xs.stop, int(x1[m]))
             first = own[:, top - ys.start : bottom - ys.start, left - xs.start : right - xs.start]
-            second = np.stack(
-                [
-                    templates[k].array[top - y0[m] : bottom - y0[m], left - x0[m] : right - x0[m]]
-                    for k in groups[m]
-                ]
-            )
-            block = first.reshape(len(first), -1) @ second.reshape(len(second), -1).T
-            row, column = (index.ravel() for index in np.meshgrid(group, groups[m], indexing="ij"))
-            parts.append((block.ravel(), row, column))
+            second = arrays[m][:, top - y0[m] : bottom - y0[m], left - x0[m] : right - x0[m]]
+            block = (first.reshape(len(first), -1) @ second.reshape(len(second), -1).T).ravel()
+            row, column = np.repeat(group, len(second)), np.tile(groups[m], len(first))
+            parts.append((block, row, column))
             if m > n:
-                parts.append((block.ravel(), column, row))
+                parts.append((block, column, row))
     if not parts:
         return scipy.sparse.csr_array((len(templates), len(templates)))
     values, rows, columns = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
