@@ -16,7 +16,7 @@ __all__ = (
 
 from lsst.daf.butler import Butler, DatasetType
 
-from .dimension_records import copy_patches, records
+from .dimension_records import copy_patches
 from .finer_warps import finer_skymap
 
 FINER_SKYMAP_DATASET_TYPE = "deep_prior_finer_skymap"
@@ -59,7 +59,7 @@ def register_finer_skymap(
         of it.
     """
     name = finer_skymap(skymap, oversampling)
-    if not records(butler, "patch", skymap=skymap):
+    if not butler.query_dimension_records("patch", skymap=skymap, limit=1, explain=False):
         raise ValueError(f"The repository has no patch of a skymap {skymap}; name that of the warps.")
     dataset_type = DatasetType(
         FINER_SKYMAP_DATASET_TYPE, ("skymap",), FINER_SKYMAP_STORAGE_CLASS, universe=butler.dimensions
