@@ -16,8 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import click
+import sqlalchemy.exc
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
+
+from lsst.daf.butler.registry import CollectionTypeError, ConflictingDefinitionError
 
 from . import __version__
 from .estimate_command import estimate_command
@@ -117,8 +120,13 @@ def finer_skymap(repo: str, skymap: str, oversampling: str, run: str) -> None:
         check_run_name(run)
         with open_repository(repo, writeable=True) as butler:
             name, n_patches = register_finer_skymap(butler, skymap, int(oversampling), run)
-    except (OSError, RuntimeError, ValueError) as err:
+    except (RepositoryError, ValueError) as err:
         raise click.ClickException(str(err)) from None
+    except (ConflictingDefinitionError, CollectionTypeError) as err:
+        raise click.ClickException(f"The repository {repo} cannot take a skymap in {run}: {err}") from None
+    except (OSError, sqlalchemy.exc.SQLAlchemyError) as err:
+        reason = str(getattr(err, "orig", err)).strip().rstrip(".")
+        raise click.ClickException(f"The repository {repo} cannot be written: {reason}.") from None
     click.echo(f"The skymap {name} of {repo} has {counted(n_patches, 'patch', 'patches')}.")
 
 

@@ -18,6 +18,7 @@ from lsst.daf.butler import Butler, DatasetType
 
 from .dimension_records import copy_patches
 from .finer_warps import finer_skymap
+from .repositories import unwrapped_errors
 
 FINER_SKYMAP_DATASET_TYPE = "deep_prior_finer_skymap"
 """Name of the dataset type that says which skymaps have finer pixels (`str`)."""
@@ -69,5 +70,8 @@ def register_finer_skymap(
     with butler.transaction():
         n_patches = copy_patches(butler, skymap, name)
     if butler.find_dataset(dataset_type, {"skymap": name}, collections=run) is None:
-        butler.put({"skymap": skymap, "oversampling": oversampling}, dataset_type, {"skymap": name}, run=run)
+        with unwrapped_errors():
+            butler.put(
+                {"skymap": skymap, "oversampling": oversampling}, dataset_type, {"skymap": name}, run=run
+            )
     return name, n_patches

@@ -41,7 +41,13 @@ from lsst.images.cells import CellGrid, PatchDefinition
 
 from .cells import cover_with_cells
 from .dimension_records import check_records, insert_patch, insert_visits, records
-from .repositories import RepositoryError, check_run_name, is_repository_uri, open_repository
+from .repositories import (
+    RepositoryError,
+    check_run_name,
+    is_repository_uri,
+    open_repository,
+    unwrapped_errors,
+)
 from .warp_file_header import MAX_SKYMAP_LENGTH, WarpFileHeader
 from .warp_files import InvalidWarpFileError, read_warp_file
 from .warps import Warp
@@ -413,10 +419,6 @@ def _write(butler: Butler, tiles: Sequence[_Tile], run: str, progress: Progress)
     queue = [(tile, header) for tile in tiles for header in tile.headers]
     for n_done, (tile, header) in enumerate(queue, start=1):
         data_id = tile.data_id | {"instrument": header.instrument, "visit": header.visit}
-        try:
+        with unwrapped_errors():
             butler.put(tile.read(header).to_cell_coadd(), DATASET_TYPE, data_id, run=run)
-        except RuntimeError as err:
-            if isinstance(err.__cause__, OSError):  # the Butler wraps what the file system says
-                raise err.__cause__ from None
-            raise
         progress("writing", n_done, len(queue))
