@@ -92,6 +92,21 @@ def test_pixels_marked_by_a_huge_variance_are_unusable(warp: Warp, rows: int, va
     np.testing.assert_array_equal(changed(warp, variance=variance).unusable([]), expected)
 
 
+@pytest.mark.parametrize("n_marked", [0, 5])
+@pytest.mark.parametrize("rows", [4, 40])
+def test_pixels_without_data_and_with_next_to_no_variance_are_unusable(
+    warp: Warp, rows: int, n_marked: int
+) -> None:
+    """They may be most of the box, and others may be marked by a huge variance."""
+    image, variance = warp.image.copy(), warp.variance.copy()
+    image[:rows], variance[:rows] = 0.0, 1e-12
+    variance[rows : rows + n_marked] = 1e30
+    variance[45, 5] = 5e4
+    expected = warp.unusable([])
+    expected[: rows + n_marked] = True
+    np.testing.assert_array_equal(changed(warp, image=image, variance=variance).unusable([]), expected)
+
+
 def test_observation_lies_at_its_place_in_the_patch(warp: Warp) -> None:
     observation = warp.observation(["BAD"])
     assert observation.origin == (25, 10)
