@@ -82,6 +82,7 @@ REFUSALS = {
         data("PSF", lambda a: a - 0.9 * np.roll(a, 8, axis=1)),
         "a PSF stamp has a negative part of",
     ),
+    "flat PSF": (data("PSF", lambda a: np.ones_like(a)), "a PSF stamp is flat; check the PSF"),
     "PSF of other cells": (data("PSF", lambda a: many(a, (3, 2))), "PSF stamps for (3, 2) cells"),
     "no VISIT": (without("PRIMARY", "VISIT"), "the keyword VISIT is missing"),
     "no BAND": (without("PRIMARY", "BAND"), "the keyword BAND is missing"),
