@@ -58,6 +58,7 @@ REFUSALS = {
     "fraction of a pixel": (header("IMAGE", LTV1=-15600.5), "not whole numbers of pixels"),
     "no WCS": (without("IMAGE", "CTYPE1", "CTYPE2"), "no celestial WCS"),
     "broken WCS": (header("IMAGE", PC1_1=0.0, PC2_2=0.0), "WCS of IMAGE cannot be read"),
+    "CRPIX1 that is no number": (header("IMAGE", CRPIX1="abc"), "CRPIX1 = 'abc' is not a number"),
     "galactic WCS": (header("IMAGE", CTYPE1="GLON-TAN", CTYPE2="GLAT-TAN"), "must be in ICRS"),
     "FK4 WCS": (header("IMAGE", RADESYS="FK4"), "must be in ICRS"),
     "counts": (header("IMAGE", BUNIT="adu"), "IMAGE is in the unit 'adu'; it must be in nJy"),
