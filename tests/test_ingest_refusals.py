@@ -15,6 +15,7 @@ import pytest
 from astropy.io import fits
 from test_ingest import (
     added,
+    bare,
     data,
     edited,
     header,
@@ -193,3 +194,26 @@ def test_files_that_contradict_each_other_about_a_visit_are_refused(
         assert str(bad) in message
         assert reason in message
         assert len(refs(repo)) == 1
+
+
+def test_files_of_far_patches_need_their_names(tmp_path: Path) -> None:
+    near, far = (bare(tmp_path / f"{x}.fits", x + 1, x, 0, (20, 30)) for x in (0, 20000))
+    message = one_line(ingest(tmp_path / "repo", far, near))
+    assert f"{far}: it lies so far from {near} that their patch would be 20030 pixels long" in message
+    assert "give files of different patches different PATCH" in message
+    assert not (tmp_path / "repo").exists()
+    named = bare(tmp_path / "named.fits", 3, 20000, 0, (20, 30), PATCH=1)
+    assert ingest(tmp_path / "repo", near, named).exit_code == 0
+
+
+def test_the_repository_is_closed_when_a_file_is_refused(
+    warp_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = tmp_path / "repo"
+    assert ingest(repo, warp_files[0]).exit_code == 0
+    bad = edited(warp_files[1], tmp_path / "bad.fits", header("IMAGE", BUNIT="adu"))
+    butler = Butler.from_config(str(repo), writeable=True)
+    monkeypatch.setattr("lsst.coadd.deepprior.ingest.open_repository", lambda *_, **__: butler)
+    one_line(ingest(repo, bad))
+    with pytest.raises(RuntimeError, match="has been closed"):
+        butler.query_dimension_records("visit")
