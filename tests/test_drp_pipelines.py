@@ -172,7 +172,8 @@ def test_masked_fractions_and_noise_have_the_names_of_drp_pipe(camera: str) -> N
     task = Pipeline.fromString(yaml.safe_dump(ir)).to_graph().tasks["deepPriorCoadd"]
     read = {edge.connection_name: edge.dataset_type_name for edge in task.iter_all_inputs()}
     assert read["masked_fractions"] == CAMERAS[camera]["masked_fractions"]
-    assert (read["noise0_warps"], read["noise1_warps"]) == ("direct_warp_noise0", "direct_warp_noise1")
+    noise = CAMERAS[camera]["noise_warps"]
+    assert (read["noise0_warps"], read["noise1_warps"]) == (f"{noise}0", f"{noise}1")
     classes = {edge.connection_name: edge.storage_class_name for edge in task.iter_all_inputs()}
     for name in ("masked_fractions", "noise0_warps"):
         assert classes[name] == NAMES["storage_classes"][name]
