@@ -199,8 +199,19 @@ def test_deconvolution_is_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             exclude: [deconvolve]
             labeledSubsetModifyMode: EDIT
           - location: $COADD_DEEPPRIOR_DIR/pipelines/_ingredients/deconvolution.yaml
+        tasks:
+          deepPriorCoadd:
+            class: lsst.coadd.deepprior.tasks.deep_prior_coadd.DeepPriorCoaddTask
+            config:
+              file: $COADD_DEEPPRIOR_DIR/config/LSSTCam/deepPriorCoadd.py
         """
     )
+    ir = yaml.safe_load(str(swapped))
+    ours = {"tasks": {"deepPriorCoadd": ir["tasks"]["deepPriorCoadd"]}, "parameters": ir["parameters"]}
+    only_ours = Pipeline.fromString(yaml.safe_dump({"description": "Ours."} | ours))
+    config = only_ours.to_graph().tasks["deepPriorCoadd"].config
+    assert {"PARTLY_VIGNETTED", "SPIKE"} < set(config.bad_mask_planes)
+    assert config.target_fwhm_pixels == MODEL_FWHM
     assert set(swapped.task_labels) == {*labels, "deepPriorCoadd"}
     assert swapped.subsets == {
         "stage3-coadd": {"mergeObjectDetection", "deblendCoaddFootprints"},
