@@ -47,6 +47,12 @@ def test_simulate_writes_what_ingest_reads(tmp_path: Path) -> None:
     assert "8 warps of 2 patches ingested into deepprior/warps" in result.output
     result = deepprior("ingest", tmp_path / "other", files[0])
     assert "1 warp of 1 patch ingested into deepprior/warps" in result.output
+    result = deepprior("simulate", outdir, "--visits", "1")
+    assert result.exit_code == 1
+    assert (
+        f"{outdir} holds files of another scene, truth_0_g.ecsv for instance; name another" in result.output
+    )
+    assert sorted(outdir.glob("warp_*.fits")) == files
 
 
 @pytest.mark.parametrize("bands", ["", "r,j", "ri"])
@@ -62,6 +68,12 @@ def test_simulate_makes_a_band_once(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "--bands: 'r, r' names a band twice." in result.output
     assert not (tmp_path / "scene").exists()
+
+
+def test_visits_of_two_bands_have_different_numbers(tmp_path: Path) -> None:
+    result = deepprior("simulate", tmp_path / "scene", "--visits", "1001")
+    assert result.exit_code == 2
+    assert "1001 is not in the range 1<=x<=1000" in result.output
 
 
 def test_simulate_into_a_place_that_cannot_be_written(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy.special import erf
@@ -17,6 +19,7 @@ from lsst.coadd.deepprior.tasks.deconvolve_with_deep_prior import (
     MODEL_FWHM,
     DeconvolveWithDeepPriorConfig,
     DeconvolveWithDeepPriorConnections,
+    DeconvolveWithDeepPriorTask,
     deconvolved_pixels,
 )
 from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddTask
@@ -85,6 +88,22 @@ def test_light_outside_of_the_detections_is_left_out(restored: CellCoadd) -> Non
     whole = deconvolved_pixels(restored, restored.bbox)
     np.testing.assert_array_equal(image[20:30, 5:50], whole[20:30, 5:50])
     assert image.sum() == pytest.approx(whole[20:30, 5:50].sum())
+
+
+def test_image_is_in_the_units_of_the_coadd(restored: CellCoadd) -> None:
+    """In coadds of HSC one of them is 57.5 nJy."""
+    ys, xs = (SimpleNamespace(begin=side.start, end=side.stop) for side in (restored.bbox.y, restored.bbox.x))
+    coadd = SimpleNamespace(
+        image=SimpleNamespace(array=np.zeros(tuple(restored.bbox.shape), dtype=np.float32)),
+        getBBox=lambda: SimpleNamespace(y=ys, x=xs),
+        getPhotoCalib=lambda: SimpleNamespace(getCalibrationMean=lambda: 57.5),
+    )
+    result = DeconvolveWithDeepPriorTask().run(coadd=coadd, restored=restored)
+    image = deconvolved_pixels(restored, restored.bbox)
+    np.testing.assert_allclose(57.5 * result.deconvolved.image.array, image, rtol=1e-6)
+    coadd.getPhotoCalib = lambda: None
+    with pytest.raises(RuntimeError, match="The coadd has no PhotoCalib"):
+        DeconvolveWithDeepPriorTask().run(coadd=coadd, restored=restored)
 
 
 def test_what_does_not_fit_is_refused(restored: CellCoadd, warps: list[Warp]) -> None:

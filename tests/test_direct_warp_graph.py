@@ -59,7 +59,7 @@ def drp_repo(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, storage_class, dimensions, data_ids in (
         ("direct_warp", "ExposureF", OF_WARP, of_warps),
         ("direct_warp_masked_fraction", "ImageF", OF_WARP, of_warps),
-        ("direct_warp_noise0", "MaskedImageF", OF_WARP, of_warps),
+        ("deepCoadd_directWarp_noise0", "MaskedImageF", OF_WARP, of_warps),
         ("compare_warp_artifact_mask", "Mask", OF_WARP, of_warps - set(last.values())),
         ("skyMap", "SkyMap", ("skymap",), [{"skymap": skymap}]),
         (
@@ -102,7 +102,7 @@ def test_quantum_has_the_warps_of_its_band_and_what_goes_with_them(drp_repo: Pat
         assert counts == {
             "direct_warp": 2,
             "direct_warp_masked_fraction": 2,
-            "direct_warp_noise0": 2,
+            "deepCoadd_directWarp_noise0": 2,
             "compare_warp_artifact_mask": 2,
             "deep_coadd_visit_selection": 1,
             "skyMap": 1,

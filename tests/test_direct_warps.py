@@ -40,6 +40,12 @@ def patch_box(geometry: PatchGeometry, y: tuple[int, int], x: tuple[int, int]) -
     return Box.factory[start.y + y[0] : start.y + y[1], start.x + x[0] : start.x + x[1]]
 
 
+def peaked_stamps() -> np.ndarray:
+    stamps = np.ones((2, 3, 3, 3))
+    stamps[..., 1, 1] = 4.0
+    return stamps
+
+
 def parts(geometry: PatchGeometry, bbox: Box, **changes: Any) -> dict[str, Any]:
     """Return the parts of a warp of random pixels that covers a box."""
     rng = np.random.default_rng(3)
@@ -48,7 +54,7 @@ def parts(geometry: PatchGeometry, bbox: Box, **changes: Any) -> dict[str, Any]:
         "image": Image(image, bbox=bbox),
         "variance": Image(1.0 + variance**2, bbox=bbox),
         "masks": [MaskBits(np.zeros(tuple(bbox.shape), dtype=np.int32), {"BAD": 0}, bbox)],
-        "psf": np.ones((2, 3, 3, 3)),
+        "psf": peaked_stamps(),
     } | changes
 
 
@@ -116,7 +122,7 @@ def test_pixels_made_of_masked_ones_are_bad(geometry: PatchGeometry) -> None:
 
 
 def test_cells_without_psf_are_missing(geometry: PatchGeometry) -> None:
-    psf = np.ones((2, 3, 3, 3))
+    psf = peaked_stamps()
     psf[1, 0] = np.nan
     warp = assemble_warp(DATA_ID, geometry, **parts(geometry, geometry.patch.cells.bbox, psf=psf))
     np.testing.assert_array_equal(warp.has_psf, [[1, 1, 1], [0, 1, 1]])

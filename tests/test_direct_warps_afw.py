@@ -541,7 +541,7 @@ def make_repo(path: Path, sky_map: lsst.skymap.BaseSkyMap) -> None:
     for name, dimensions, storage_class in (
         ("direct_warp", of_warp, "ExposureF"),
         ("direct_warp_masked_fraction", of_warp, "ImageF"),
-        ("direct_warp_noise0", of_warp, "MaskedImageF"),
+        ("deepCoadd_directWarp_noise0", of_warp, "MaskedImageF"),
         ("compare_warp_artifact_mask", of_warp, "Mask"),
         ("deep_coadd_visit_selection", ("instrument", *of_patch), "StructuredDataDict"),
         ("deep_coadd", of_patch, "ExposureF"),
@@ -564,7 +564,7 @@ def make_repo(path: Path, sky_map: lsst.skymap.BaseSkyMap) -> None:
         for name, dataset in (
             ("direct_warp", exposure),
             ("direct_warp_masked_fraction", fraction),
-            ("direct_warp_noise0", noise),
+            ("deepCoadd_directWarp_noise0", noise),
             ("compare_warp_artifact_mask", artifacts),
         ):
             butler.put(dataset, name, PATCH_ID, instrument="Cam", visit=visit)

@@ -172,7 +172,8 @@ def test_masked_fractions_and_noise_have_the_names_of_drp_pipe(camera: str) -> N
     task = Pipeline.fromString(yaml.safe_dump(ir)).to_graph().tasks["deepPriorCoadd"]
     read = {edge.connection_name: edge.dataset_type_name for edge in task.iter_all_inputs()}
     assert read["masked_fractions"] == CAMERAS[camera]["masked_fractions"]
-    assert (read["noise0_warps"], read["noise1_warps"]) == ("direct_warp_noise0", "direct_warp_noise1")
+    noise = CAMERAS[camera]["noise_warps"]
+    assert (read["noise0_warps"], read["noise1_warps"]) == (f"{noise}0", f"{noise}1")
     classes = {edge.connection_name: edge.storage_class_name for edge in task.iter_all_inputs()}
     for name in ("masked_fractions", "noise0_warps"):
         assert classes[name] == NAMES["storage_classes"][name]
@@ -198,8 +199,19 @@ def test_deconvolution_is_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             exclude: [deconvolve]
             labeledSubsetModifyMode: EDIT
           - location: $COADD_DEEPPRIOR_DIR/pipelines/_ingredients/deconvolution.yaml
+        tasks:
+          deepPriorCoadd:
+            class: lsst.coadd.deepprior.tasks.deep_prior_coadd.DeepPriorCoaddTask
+            config:
+              file: $COADD_DEEPPRIOR_DIR/config/LSSTCam/deepPriorCoadd.py
         """
     )
+    ir = yaml.safe_load(str(swapped))
+    ours = {"tasks": {"deepPriorCoadd": ir["tasks"]["deepPriorCoadd"]}, "parameters": ir["parameters"]}
+    only_ours = Pipeline.fromString(yaml.safe_dump({"description": "Ours."} | ours))
+    config = only_ours.to_graph().tasks["deepPriorCoadd"].config
+    assert {"PARTLY_VIGNETTED", "SPIKE"} < set(config.bad_mask_planes)
+    assert config.target_fwhm_pixels == MODEL_FWHM
     assert set(swapped.task_labels) == {*labels, "deepPriorCoadd"}
     assert swapped.subsets == {
         "stage3-coadd": {"mergeObjectDetection", "deblendCoaddFootprints"},

@@ -237,6 +237,20 @@ def test_a_file_that_cannot_be_removed(tmp_path: Path, caplog: pytest.LogCapture
     assert str(tmp_path) in caplog.text
 
 
+def test_a_file_is_that_of_the_fit_that_reads_or_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "fit"
+    first, again, other = (FitCheckpoint(path, 1, {"seed": seed}, LOG) for seed in (1, 1, 2))
+    assert first.load() is None
+    assert first.own_file is None
+    first.keep(1, 2, {"weights": torch.ones(1)})
+    assert first.own_file == path
+    assert again.load() is not None
+    assert again.own_file == path
+    with pytest.raises(CheckpointError):
+        other.load()
+    assert other.own_file is None
+
+
 def test_file_of_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     path = checkpoint_file("$SCRATCH/fits", ("maps/lsst_v1", 9813, 42, "i"))

@@ -24,7 +24,7 @@ from lsst.coadd.deepprior.warp_files import read_warp_file
 from lsst.coadd.deepprior.warps import Warp
 from lsst.daf.butler import Butler, DatasetRef, DatasetType
 from lsst.images import Box
-from lsst.sphgeom import LonLat, UnitVector3d
+from lsst.sphgeom import ConvexPolygon, LonLat, UnitVector3d
 
 # The files of the fixture hold 2x3 cells of 32 pixels: 64 rows and 96 columns.
 NY, NX = 64, 96
@@ -248,6 +248,37 @@ def test_a_second_run_skips_and_more_files_are_added(warp_files: list[Path], tmp
             assert visit.region.contains(on_sky(warp, warp.bbox.x.center, warp.bbox.y.center))
         (tract,) = butler.query_dimension_records("tract")
         assert all(tract.region.contains(p.region) for p in butler.query_dimension_records("patch"))
+
+
+@pytest.mark.parametrize(
+    "visit", [{"name": "MC_O_20251231_000123"}, {"name": "3000", "target_name": "COSMOS"}]
+)
+def test_regions_that_the_repository_had_before_stay(
+    visit: dict[str, str], warp_files: list[Path], tmp_path: Path
+) -> None:
+    """Those of a visit that was defined from raw data, and of the tract of a registered sky map."""
+    repo = tmp_path / "repo"
+    Butler.makeRepo(str(repo))
+    corners = ((10.0, 10.0), (11.0, 10.0), (10.0, 11.0))
+    region = ConvexPolygon([UnitVector3d(LonLat.fromDegrees(*corner)) for corner in corners])
+    instrument = {"instrument": "DeepPriorSim"}
+    of_visit = {"id": 3000, "physical_filter": "r_sim", "day_obs": 20251231, "region": region}
+    with Butler.from_config(str(repo), writeable=True) as butler:
+        for element, row in (
+            ("instrument", {"name": "DeepPriorSim"}),
+            ("physical_filter", instrument | {"name": "r_sim", "band": "r"}),
+            ("day_obs", instrument | {"id": 20251231}),
+            ("visit", instrument | of_visit | visit),
+            ("skymap", {"name": "deepprior_sim", "hash": b"of its definition"}),
+            ("tract", {"skymap": "deepprior_sim", "id": 9, "region": region}),
+        ):
+            butler.registry.insertDimensionData(element, row)
+    result = ingest(repo, warp_files[0])
+    assert result.exit_code == 0, result.output
+    with Butler.from_config(str(repo)) as butler:
+        for element in ("visit", "tract"):
+            (record,) = butler.query_dimension_records(element)
+            assert record.region == region
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 from astropy.io import fits
 from test_ingest import (
     added,
+    bare,
     data,
     edited,
     header,
@@ -58,6 +59,7 @@ REFUSALS = {
     "fraction of a pixel": (header("IMAGE", LTV1=-15600.5), "not whole numbers of pixels"),
     "no WCS": (without("IMAGE", "CTYPE1", "CTYPE2"), "no celestial WCS"),
     "broken WCS": (header("IMAGE", PC1_1=0.0, PC2_2=0.0), "WCS of IMAGE cannot be read"),
+    "CRPIX1 that is no number": (header("IMAGE", CRPIX1="abc"), "CRPIX1 = 'abc' is not a number"),
     "galactic WCS": (header("IMAGE", CTYPE1="GLON-TAN", CTYPE2="GLAT-TAN"), "must be in ICRS"),
     "FK4 WCS": (header("IMAGE", RADESYS="FK4"), "must be in ICRS"),
     "counts": (header("IMAGE", BUNIT="adu"), "IMAGE is in the unit 'adu'; it must be in nJy"),
@@ -82,6 +84,7 @@ REFUSALS = {
         data("PSF", lambda a: a - 0.9 * np.roll(a, 8, axis=1)),
         "a PSF stamp has a negative part of",
     ),
+    "flat PSF": (data("PSF", lambda a: np.ones_like(a)), "a PSF stamp is flat; check the PSF"),
     "PSF of other cells": (data("PSF", lambda a: many(a, (3, 2))), "PSF stamps for (3, 2) cells"),
     "no VISIT": (without("PRIMARY", "VISIT"), "the keyword VISIT is missing"),
     "no BAND": (without("PRIMARY", "BAND"), "the keyword BAND is missing"),
@@ -191,3 +194,26 @@ def test_files_that_contradict_each_other_about_a_visit_are_refused(
         assert str(bad) in message
         assert reason in message
         assert len(refs(repo)) == 1
+
+
+def test_files_of_far_patches_need_their_names(tmp_path: Path) -> None:
+    near, far = (bare(tmp_path / f"{x}.fits", x + 1, x, 0, (20, 30)) for x in (0, 20000))
+    message = one_line(ingest(tmp_path / "repo", far, near))
+    assert f"{far}: it lies so far from {near} that their patch would be 20030 pixels long" in message
+    assert "give files of different patches different PATCH" in message
+    assert not (tmp_path / "repo").exists()
+    named = bare(tmp_path / "named.fits", 3, 20000, 0, (20, 30), PATCH=1)
+    assert ingest(tmp_path / "repo", near, named).exit_code == 0
+
+
+def test_the_repository_is_closed_when_a_file_is_refused(
+    warp_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = tmp_path / "repo"
+    assert ingest(repo, warp_files[0]).exit_code == 0
+    bad = edited(warp_files[1], tmp_path / "bad.fits", header("IMAGE", BUNIT="adu"))
+    butler = Butler.from_config(str(repo), writeable=True)
+    monkeypatch.setattr("lsst.coadd.deepprior.ingest.open_repository", lambda *_, **__: butler)
+    one_line(ingest(repo, bad))
+    with pytest.raises(RuntimeError, match="has been closed"):
+        butler.query_dimension_records("visit")

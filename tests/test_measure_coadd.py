@@ -131,6 +131,15 @@ def test_psf_is_the_target(pair: tuple[CellCoadd, CellCoadd]) -> None:
         np.testing.assert_allclose(both.psf[cell].array, gaussian_stamp(TARGET, 31))
 
 
+def test_metadata_are_those_of_the_restored_image(pair: tuple[CellCoadd, CellCoadd]) -> None:
+    coadd, residual = pair
+    coadd.metadata.update({"method": "pretrained network", "oversampling": 2})
+    both = make_measure_coadd(coadd, residual, plain_of(coadd, residual))
+    assert dict(both.metadata) == dict(coadd.metadata)
+    both.metadata["method"] = "changed"
+    assert coadd.metadata["method"] == "pretrained network"
+
+
 def test_coadds_of_two_patches_are_refused(pair: tuple[CellCoadd, CellCoadd], scene: Scene) -> None:
     coadd, residual = pair
     beside = make_coadd(scene, residual.image.array, 1.0, SEEING, seed=2, x=SHAPE[1])

@@ -130,6 +130,9 @@ def test_fits_go_on_where_they_were(by_band: dict[str, list[Warp]], tmp_path: Pa
     task = quick_task(init="scratch", steps=3, checkpoint_every=1)
     first = task.run(warps=by_band, checkpoints=files)
     assert all(file.is_file() for file in files.values())
+    assert {band: one.checkpoint for band, one in first.bands.items()} == files
+    without_fit = quick_task(init="scratch", steps=0).run(warps=by_band, checkpoints=files)
+    assert [one.checkpoint for one in without_fit.bands.values()] == [None, None]
     again = task.run(warps=by_band, checkpoints=files)
     for band, one in first.bands.items():
         np.testing.assert_allclose(

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from test_ingest import ingest, one_line, refs
 
 import lsst.coadd.deepprior
 from lsst.coadd.deepprior.cli import main
+from lsst.coadd.deepprior.dimension_records import copy_patches
+from lsst.daf.butler import Butler
 
 NETWORK = Path(lsst.coadd.deepprior.__file__).with_name("resources") / "networks" / "default.safetensors"
 
@@ -85,3 +88,49 @@ def test_commands_refuse_a_damaged_repository(tmp_path: Path, content: str, word
     (tmp_path / "butler.yaml").write_text(content)
     result = CliRunner().invoke(main, [str(tmp_path) if one == "REPO" else one for one in words])
     assert f"{tmp_path} cannot be opened as a Butler repository" in one_line(result)
+
+
+@pytest.mark.parametrize(
+    ("words", "dataset_type"),
+    [
+        (("ingest-network", "REPO", str(NETWORK)), "deep_prior_network"),
+        (("finer-skymap", "REPO", "--skymap", "deepprior_sim"), "deep_prior_finer_skymap"),
+    ],
+)
+def test_collections_that_cannot_be_written(
+    repo: Path, tmp_path: Path, words: tuple[str, ...], dataset_type: str
+) -> None:
+    own = tmp_path / "repo"
+    shutil.copytree(repo, own)
+    command = [str(own) if one == "REPO" else one for one in words]
+    with Butler.from_config(own, writeable=True) as butler:
+        butler.registry.registerCollection("a/tag")
+    message = one_line(CliRunner().invoke(main, [*command, "--run", "a/tag"]))
+    assert f"The repository {own} cannot take a" in message
+    assert "a/tag" in message
+    # What stands where the dataset is to go stops any user.
+    (own / "blocked").mkdir()
+    (own / "blocked" / dataset_type).write_text("in the way")
+    message = one_line(CliRunner().invoke(main, [*command, "--run", "blocked"]))
+    assert f"The repository {own} cannot be written: " in message
+    assert "blocked" in message
+
+
+def test_all_patches_of_a_large_skymap_are_copied(tmp_path: Path) -> None:
+    """Queries for records end after 20000 of them by default."""
+    n_patches = 20_001
+    Butler.makeRepo(str(tmp_path))
+    with Butler.from_config(tmp_path, writeable=True) as butler:
+        insert = butler.registry.insertDimensionData
+        insert("skymap", {"name": "large", "hash": b"large"})
+        insert("tract", {"skymap": "large", "id": 0})
+        insert(
+            "patch",
+            *(
+                {"skymap": "large", "tract": 0, "id": patch, "cell_x": patch, "cell_y": 0}
+                for patch in range(n_patches)
+            ),
+        )
+        assert copy_patches(butler, "large", "large_x2") == n_patches
+        copies = butler.query_dimension_records("patch", skymap="large_x2", limit=None)
+        assert len(copies) == n_patches

@@ -450,3 +450,23 @@ def test_quanta(butler: Butler) -> None:
     assert run.call_args.kwargs["best_warp"].visit == best["visit"]
     lsst.pipe.base.testUtils.runTestQuantum(plot, butler, quantum, mockRun=False)
     assert butler.getURI("deep_prior_coadd_plot", patch_id).exists()
+
+
+@pytest.mark.parametrize(("steps", "patch"), [(0, 0), (2, 1)])
+def test_a_quantum_leaves_the_checkpoint_of_another_alone(
+    butler: Butler, tmp_path: Path, steps: int, patch: int
+) -> None:
+    """Without a fit the file is not touched; a fit writes it anew, and removes what it has written."""
+    patch_id = {"skymap": "deepprior_sim", "tract": 9, "patch": patch, "band": "i"}
+    refs = butler.query_datasets(
+        "deep_prior_warp", where=f"patch = {patch} and band = 'i'", collections="deepprior/warps"
+    )
+    file = tmp_path / f"deepprior_sim_9_{patch}_i.safetensors"
+    file.write_bytes(b"of another run")
+    task = quick_task(steps=steps, checkpoint_dir=str(tmp_path))
+    outputs = dict.fromkeys(("coadd", "residual", "outliers", "metrics"), patch_id)
+    warp_ids = [dict(ref.dataId.required) for ref in refs]
+    quantum = lsst.pipe.base.testUtils.makeQuantum(task, butler, patch_id, {"warps": warp_ids} | outputs)
+    lsst.pipe.base.testUtils.runTestQuantum(task, butler, quantum, mockRun=False)
+    assert butler.exists("deep_prior_coadd", patch_id)
+    assert file.exists() == (steps == 0)

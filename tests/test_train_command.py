@@ -24,6 +24,7 @@ from lsst.coadd.deepprior import families, progress, training, training_data
 from lsst.coadd.deepprior import train_command as train_command_module
 from lsst.coadd.deepprior.cli import main
 from lsst.coadd.deepprior.network_dataset import NETWORK_DATASET_TYPE, network_from_dataset
+from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.simulate import SceneConfig
 from lsst.coadd.deepprior.train_command import train_command
@@ -104,6 +105,13 @@ def test_patches_with_one_usable_warp_are_left_out(warp_files: list[Path], tmp_p
     with file_data([one_patch[0], one_patch[1], spoiled[2]], None, silent) as data:
         assert data.description == "2 warps of 1 patch and band"
         assert data.left_out == ()
+
+
+def test_a_flat_psf_is_refused(warp_files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Observation, "seeing", raising(ValueError("visit 3000: No Gaussian fits.")))
+    with pytest.raises(TrainingDataError, match="tract 9, patch 0, band r: visit 3000: No Gaussian fits"):
+        with file_data(warp_files[:2], None, silent):
+            pass
 
 
 @pytest.mark.usefixtures("quick")

@@ -109,6 +109,20 @@ def test_psf_of_each_cell(warp: Warp, tmp_path: Path) -> None:
     np.testing.assert_allclose(back.psf_stamps[expected], (stamps / sums)[expected], atol=1e-7)
 
 
+def test_cells_without_psf_stay_without(warp: Warp, tmp_path: Path) -> None:
+    """Also where all others share one stamp."""
+    missing = tuple(np.argwhere(cells_reached(warp))[0])
+    stamps = warp.psf_stamps.copy()
+    stamps[missing] = np.nan
+    path = tmp_path / "warp.fits"
+    write_warp_file(path, dataclasses.replace(warp, psf=make_cell_psf(stamps, warp.patch.cells)))
+    expected = cells_reached(warp)
+    expected[missing] = False
+    assert expected.any()
+    back = read_warp_file(path).to_warp(warp.patch, warp.sky_projection)
+    np.testing.assert_array_equal(back.has_psf, expected)
+
+
 def test_infinite_pixels_become_nan(warp: Warp, tmp_path: Path) -> None:
     image, variance = warp.image.copy(), warp.variance.copy()
     image[1, 2], image[3, 4] = np.inf, -np.inf

@@ -92,6 +92,21 @@ def test_pixels_marked_by_a_huge_variance_are_unusable(warp: Warp, rows: int, va
     np.testing.assert_array_equal(changed(warp, variance=variance).unusable([]), expected)
 
 
+@pytest.mark.parametrize("n_marked", [0, 5])
+@pytest.mark.parametrize("rows", [4, 40])
+def test_pixels_without_data_and_with_next_to_no_variance_are_unusable(
+    warp: Warp, rows: int, n_marked: int
+) -> None:
+    """They may be most of the box, and others may be marked by a huge variance."""
+    image, variance = warp.image.copy(), warp.variance.copy()
+    image[:rows], variance[:rows] = 0.0, 1e-12
+    variance[rows : rows + n_marked] = 1e30
+    variance[45, 5] = 5e4
+    expected = warp.unusable([])
+    expected[: rows + n_marked] = True
+    np.testing.assert_array_equal(changed(warp, image=image, variance=variance).unusable([]), expected)
+
+
 def test_observation_lies_at_its_place_in_the_patch(warp: Warp) -> None:
     observation = warp.observation(["BAD"])
     assert observation.origin == (25, 10)
@@ -212,7 +227,9 @@ def moved_mask(warp: Warp) -> Mask:
 
 
 def psf_with(warp: Warp, shape: tuple[int, int] = (5, 5), **pixels: float) -> Any:
-    stamps = np.full((2, 3, *shape), pixels.get("fill", 1.0))
+    stamps = np.ones((2, 3, *shape))
+    stamps[..., shape[0] // 2, shape[1] // 2] = 4.0
+    stamps[0, 1] = pixels.get("fill", 1.0)
     stamps[0, 1, 0, 0] = pixels.get("corner", 1.0)
     return make_cell_psf(stamps, warp.patch.cells)
 
@@ -233,6 +250,7 @@ def psf_with(warp: Warp, shape: tuple[int, int] = (5, 5), **pixels: float) -> An
         (lambda w: {"psf": psf_with(w, corner=-24.0)}, "stamp of cell (0, 1) has the sum 0"),
         (lambda w: {"psf": psf_with(w, fill=0.01)}, "stamp of cell (0, 1) has 81% of its light in one pixel"),
         (lambda w: {"psf": psf_with(w, corner=-13.0)}, "has a negative part of 54% of its positive part"),
+        (lambda w: {"psf": psf_with(w)}, "stamp of cell (0, 1) is flat"),
         (lambda w: {"psf": psf_with(w, (1, 1))}, "has 100% of its light in one pixel"),
         (lambda w: {"psf": psf_with(w, (4, 4))}, "even size"),
         (lambda w: {"psf": psf_with(w, (5, 7))}, "not square"),

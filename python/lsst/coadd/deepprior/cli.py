@@ -16,16 +16,19 @@ from functools import partial
 from pathlib import Path
 
 import click
+import sqlalchemy.exc
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
+
+from lsst.daf.butler.registry import CollectionTypeError, ConflictingDefinitionError
 
 from . import __version__
 from .estimate_command import estimate_command
 from .finer_skymap_dataset import DEFAULT_FINER_SKYMAP_RUN, register_finer_skymap
 from .ingest import DEFAULT_RUN, DEFAULT_SKYMAP, IngestError, ingest_warp_files
 from .progress import counted
-from .repositories import check_run_name, open_repository
-from .simulate import SceneConfig, write_scene
+from .repositories import RepositoryError, check_run_name, open_repository
+from .simulate import MAX_VISITS, SceneConfig, write_scene
 from .train_command import ingest_network_command, train_command
 from .truth import BANDS
 from .warp_files import InvalidWarpFileError
@@ -117,8 +120,13 @@ def finer_skymap(repo: str, skymap: str, oversampling: str, run: str) -> None:
         check_run_name(run)
         with open_repository(repo, writeable=True) as butler:
             name, n_patches = register_finer_skymap(butler, skymap, int(oversampling), run)
-    except (OSError, RuntimeError, ValueError) as err:
+    except (RepositoryError, ValueError) as err:
         raise click.ClickException(str(err)) from None
+    except (ConflictingDefinitionError, CollectionTypeError) as err:
+        raise click.ClickException(f"The repository {repo} cannot take a skymap in {run}: {err}") from None
+    except (OSError, sqlalchemy.exc.SQLAlchemyError) as err:
+        reason = str(getattr(err, "orig", err)).strip().rstrip(".")
+        raise click.ClickException(f"The repository {repo} cannot be written: {reason}.") from None
     click.echo(f"The skymap {name} of {repo} has {counted(n_patches, 'patch', 'patches')}.")
 
 
@@ -126,7 +134,12 @@ def finer_skymap(repo: str, skymap: str, oversampling: str, run: str) -> None:
 @click.argument("outdir", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--patches", default=2, type=click.IntRange(min=1), help="Number of patches, side by side.")
 @click.option("--bands", default="r,i", help=f"Bands, separated by commas, out of {','.join(BANDS)}.")
-@click.option("--visits", default=12, type=click.IntRange(min=1), help="Number of visits per patch and band.")
+@click.option(
+    "--visits",
+    default=12,
+    type=click.IntRange(1, MAX_VISITS),
+    help="Number of visits per patch and band.",
+)
 @click.option(
     "--cells", nargs=2, default=(2, 2), type=click.IntRange(min=1), help="Rows and columns of cells."
 )
@@ -137,13 +150,19 @@ def simulate(
 ) -> None:
     """Simulate warp files of a scene with known truth in OUTDIR.
 
-    Files are named warp_PATCH_BAND_VISIT.fits; the true objects are in truth_PATCH_BAND.ecsv.
+    Files are named warp_PATCH_BAND_VISIT.fits; the true objects are in truth_PATCH_BAND.ecsv. OUTDIR must not
+    hold such files yet.
     """
     chosen = [band.strip() for band in bands.split(",") if band.strip()]
     if not chosen or not BANDS.keys() >= set(chosen):
         raise click.BadParameter(f"choose from {','.join(BANDS)}.", param_hint="--bands")
     if len(set(chosen)) < len(chosen):
         raise click.BadParameter(f"{bands!r} names a band twice.", param_hint="--bands")
+    if older := sorted([*outdir.glob("warp_*.fits"), *outdir.glob("truth_*.ecsv")]):
+        raise click.ClickException(
+            f"{outdir} holds files of another scene, {older[0].name} for instance; name another directory, "
+            "or remove them."
+        )
     start = SceneConfig().start
     n_files = 0
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 __all__ = ("check_records", "copy_patches", "insert_patch", "insert_visits", "records")
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from astropy.wcs import WCS
 
@@ -40,7 +40,7 @@ def records(butler: Butler, element: str, **data_id: str | int) -> list[Dimensio
     records : `list` [`lsst.daf.butler.DimensionRecord`]
         The records, none if the repository does not know the dimensions.
     """
-    return butler.query_dimension_records(element, data_id=data_id, explain=False)
+    return butler.query_dimension_records(element, data_id=data_id, limit=None, explain=False)
 
 
 def check_records(butler: Butler, headers: Iterable[WarpFileHeader]) -> None:
@@ -80,6 +80,8 @@ def check_records(butler: Butler, headers: Iterable[WarpFileHeader]) -> None:
 def insert_visits(butler: Butler, headers: Iterable[WarpFileHeader]) -> None:
     """Insert the records of visits, with their instrument, filter and night, where they are absent.
 
+    The region of a visit that was inserted in this way grows with its files; that of any other stays.
+
     Parameters
     ----------
     butler : `lsst.daf.butler.Butler`
@@ -90,28 +92,35 @@ def insert_visits(butler: Butler, headers: Iterable[WarpFileHeader]) -> None:
     for header in headers:
         instrument = header.instrument
         region = ConvexPolygon.convexHull(_sky_vertices(header.bbox, header.wcs))
-        _insert(butler, "instrument", name=instrument)
-        _insert(
-            butler, "physical_filter", instrument=instrument, name=header.physical_filter, band=header.band
-        )
-        _insert(butler, "day_obs", instrument=instrument, id=header.day_obs)
+        _insert(butler, "instrument", {"name": instrument})
         _insert(
             butler,
-            "visit",
-            instrument=instrument,
-            id=header.visit,
-            name=str(header.visit),
-            physical_filter=header.physical_filter,
-            day_obs=header.day_obs,
-            exposure_time=header.exposure_time,
-            timespan=header.timespan,
-            region=region,
+            "physical_filter",
+            {"instrument": instrument, "name": header.physical_filter, "band": header.band},
         )
-        _grow_region(butler, "visit", region, instrument=instrument, visit=header.visit)
+        _insert(butler, "day_obs", {"instrument": instrument, "id": header.day_obs})
+        row = {
+            "instrument": instrument,
+            "id": header.visit,
+            "name": str(header.visit),
+            "physical_filter": header.physical_filter,
+            "day_obs": header.day_obs,
+            "exposure_time": header.exposure_time,
+            "timespan": header.timespan,
+            "region": region,
+        }
+        _insert(butler, "visit", row)
+        (record,) = records(butler, "visit", instrument=instrument, visit=header.visit)
+        known = {name for name, value in record.toDict().items() if value is not None}
+        # Visits that were defined from raw data know more, their target for instance, and have other names.
+        if record.name == row["name"] and known <= row.keys():
+            _grow_region(butler, "visit", record, region)
 
 
 def insert_patch(butler: Butler, patch: PatchDefinition, sky_projection: SkyProjection[TractFrame]) -> None:
     """Insert the records of a patch, its tract and its skymap, where they are absent.
+
+    The region of a tract grows with its patches if its skymap was inserted in this way.
 
     Parameters
     ----------
@@ -125,18 +134,22 @@ def insert_patch(butler: Butler, patch: PatchDefinition, sky_projection: SkyProj
     skymap, tract = sky_projection.pixel_frame.skymap, sky_projection.pixel_frame.tract
     region = ConvexPolygon.convexHull(_sky_vertices(patch.outer_bbox, sky_projection.as_astropy()))
     # Graph building accepts no NULL for the hash and for cell_x and cell_y.
-    _insert(butler, "skymap", name=skymap, hash=hashlib.sha1(skymap.encode()).digest())
-    _insert(butler, "tract", skymap=skymap, id=tract, region=region)
-    _grow_region(butler, "tract", region, skymap=skymap, tract=tract)
+    _insert(butler, "skymap", {"name": skymap, "hash": _hash_of(skymap)})
+    _insert(butler, "tract", {"skymap": skymap, "id": tract, "region": region})
+    if _has_hash_of_name(butler, skymap):
+        (record,) = records(butler, "tract", skymap=skymap, tract=tract)
+        _grow_region(butler, "tract", record, region)
     _insert(
         butler,
         "patch",
-        skymap=skymap,
-        tract=tract,
-        id=patch.id,
-        cell_x=patch.index.x,
-        cell_y=patch.index.y,
-        region=region,
+        {
+            "skymap": skymap,
+            "tract": tract,
+            "id": patch.id,
+            "cell_x": patch.index.x,
+            "cell_y": patch.index.y,
+            "region": region,
+        },
     )
 
 
@@ -157,26 +170,35 @@ def copy_patches(butler: Butler, skymap: str, name: str) -> int:
     n_patches : `int`
         Number of its patches.
     """
-    patches = records(butler, "patch", skymap=skymap)
     for record in records(butler, "skymap", skymap=skymap):
-        digest = hashlib.sha1(name.encode()).digest()
-        _insert(butler, "skymap", **record.toDict() | {"name": name, "hash": digest})
-    for record in records(butler, "tract", skymap=skymap):
-        _insert(butler, "tract", **record.toDict() | {"skymap": name})
-        if isinstance(record.region, ConvexPolygon):
-            _grow_region(butler, "tract", record.region, skymap=name, tract=record.id)
-    for record in patches:
-        _insert(butler, "patch", **record.toDict() | {"skymap": name})
+        _insert(butler, "skymap", record.toDict() | {"name": name, "hash": _hash_of(name)})
+    tracts, patches = (records(butler, element, skymap=skymap) for element in ("tract", "patch"))
+    _insert(butler, "tract", *(record.toDict() | {"skymap": name} for record in tracts))
+    if _has_hash_of_name(butler, name):
+        copies = {record.id: record for record in records(butler, "tract", skymap=name)}
+        for record in tracts:
+            if isinstance(record.region, ConvexPolygon):
+                _grow_region(butler, "tract", copies[record.id], record.region)
+    _insert(butler, "patch", *(record.toDict() | {"skymap": name} for record in patches))
     return len(patches)
 
 
-def _insert(butler: Butler, element: str, **record: object) -> None:
-    butler.registry.insertDimensionData(element, record, skip_existing=True)
+def _insert(butler: Butler, element: str, *rows: Mapping[str, object]) -> None:
+    butler.registry.insertDimensionData(element, *rows, skip_existing=True)
 
 
-def _grow_region(butler: Butler, element: str, region: ConvexPolygon, **data_id: str | int) -> None:
+def _hash_of(skymap: str) -> bytes:
+    """Return the hash of a skymap of which only the name is known."""
+    return hashlib.sha1(skymap.encode()).digest()
+
+
+def _has_hash_of_name(butler: Butler, skymap: str) -> bool:
+    """Return whether a skymap was inserted by this module; others have the hash of their definition."""
+    return any(record.hash == _hash_of(skymap) for record in records(butler, "skymap", skymap=skymap))
+
+
+def _grow_region(butler: Butler, element: str, record: DimensionRecord, region: ConvexPolygon) -> None:
     """Make the region of a record cover another region, as more of a visit or tract becomes known."""
-    (record,) = records(butler, element, **data_id)
     if isinstance(record.region, ConvexPolygon) and not record.region.contains(region):
         hull = ConvexPolygon.convexHull([*record.region.getVertices(), *region.getVertices()])
         butler.registry.syncDimensionData(element, record.toDict() | {"region": hull}, update=True)

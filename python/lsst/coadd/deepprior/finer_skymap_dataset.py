@@ -16,8 +16,9 @@ __all__ = (
 
 from lsst.daf.butler import Butler, DatasetType
 
-from .dimension_records import copy_patches, records
+from .dimension_records import copy_patches
 from .finer_warps import finer_skymap
+from .repositories import unwrapped_errors
 
 FINER_SKYMAP_DATASET_TYPE = "deep_prior_finer_skymap"
 """Name of the dataset type that says which skymaps have finer pixels (`str`)."""
@@ -59,7 +60,7 @@ def register_finer_skymap(
         of it.
     """
     name = finer_skymap(skymap, oversampling)
-    if not records(butler, "patch", skymap=skymap):
+    if not butler.query_dimension_records("patch", skymap=skymap, limit=1, explain=False):
         raise ValueError(f"The repository has no patch of a skymap {skymap}; name that of the warps.")
     dataset_type = DatasetType(
         FINER_SKYMAP_DATASET_TYPE, ("skymap",), FINER_SKYMAP_STORAGE_CLASS, universe=butler.dimensions
@@ -69,5 +70,8 @@ def register_finer_skymap(
     with butler.transaction():
         n_patches = copy_patches(butler, skymap, name)
     if butler.find_dataset(dataset_type, {"skymap": name}, collections=run) is None:
-        butler.put({"skymap": skymap, "oversampling": oversampling}, dataset_type, {"skymap": name}, run=run)
+        with unwrapped_errors():
+            butler.put(
+                {"skymap": skymap, "oversampling": oversampling}, dataset_type, {"skymap": name}, run=run
+            )
     return name, n_patches

@@ -133,6 +133,12 @@ class FitCheckpoint:
         self._lock = threading.Lock()
         self._kept: dict[str, torch.Tensor] | None = None
         self._n_taken = 0
+        self._is_own = False
+
+    @property
+    def own_file(self) -> Path | None:
+        """The file, if it holds a state of this fit, read or written by it (`~pathlib.Path` or `None`)."""
+        return self._path if self._is_own else None
 
     def load(self) -> dict[str, torch.Tensor] | None:
         """Read the state to go on from.
@@ -158,6 +164,7 @@ class FitCheckpoint:
             self._log.warning("%s The fit starts over.", str(err).removesuffix(_ADVICE).rstrip())
             return None
         if state is not None:
+            self._is_own = True
             self._log.info("The fit goes on after step %d from %s.", int(state["step"]), self._path)
         return state
 
@@ -195,6 +202,7 @@ class FitCheckpoint:
             except OSError as err:
                 self._log.warning("The checkpoint cannot be written: %s", err)
                 return
+            self._is_own = True
         self._log.debug("The state of the fit is in %s.", self._path)
 
     @contextlib.contextmanager

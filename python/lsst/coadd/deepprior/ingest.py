@@ -41,7 +41,13 @@ from lsst.images.cells import CellGrid, PatchDefinition
 
 from .cells import cover_with_cells
 from .dimension_records import check_records, insert_patch, insert_visits, records
-from .repositories import RepositoryError, check_run_name, is_repository_uri, open_repository
+from .repositories import (
+    RepositoryError,
+    check_run_name,
+    is_repository_uri,
+    open_repository,
+    unwrapped_errors,
+)
 from .warp_file_header import MAX_SKYMAP_LENGTH, WarpFileHeader
 from .warp_files import InvalidWarpFileError, read_warp_file
 from .warps import Warp
@@ -59,6 +65,9 @@ _DIMENSIONS = ("instrument", "visit", "skymap", "tract", "patch")
 
 _DEFAULT_CELL = 150
 """Size in pixels of the cells of patches whose files declare none."""
+
+_LARGEST_PATCH = 10_000
+"""Side of a patch in pixels above which one of its files, if none declares cells, must fill half of it."""
 
 _GRID_TOLERANCE = 1e-3
 """Largest distance in pixels between the same position on two grids that count as one."""
@@ -164,15 +173,16 @@ def ingest_warp_files(
         butler = _open(repo)
     except RepositoryError as err:
         raise IngestError(str(err)) from err
-    headers = []
-    for n_done, path in enumerate(paths, start=1):
-        headers.append(_with_patch(read_warp_file(path).header, skymap))
-        report("checking", n_done, len(paths))
-    _check_visits(headers)
-    try:
-        with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if butler is not None:
+            stack.enter_context(butler)
+        headers = []
+        for n_done, path in enumerate(paths, start=1):
+            headers.append(_with_patch(read_warp_file(path).header, skymap))
+            report("checking", n_done, len(paths))
+        _check_visits(headers)
+        try:
             if butler is not None:
-                stack.enter_context(butler)
                 check_records(butler, headers)
             tiles = _make_tiles(headers, butler)
             new_tiles = _drop_stored(butler, tiles, run, report) if butler is not None else tiles
@@ -181,11 +191,11 @@ def ingest_warp_files(
                 Butler.makeRepo(str(repo))
                 butler = stack.enter_context(Butler.from_config(str(repo), writeable=True))
             _write(butler, new_tiles, run, report)
-    except (ConflictingDefinitionError, CollectionTypeError) as err:
-        raise IngestError(f"The repository {repo} cannot take warps in {run}: {err}") from err
-    except (OSError, sqlalchemy.exc.SQLAlchemyError) as err:
-        reason = str(getattr(err, "orig", err)).rstrip(".")
-        raise IngestError(f"The repository {repo} cannot be read and written: {reason}.") from err
+        except (ConflictingDefinitionError, CollectionTypeError) as err:
+            raise IngestError(f"The repository {repo} cannot take warps in {run}: {err}") from err
+        except (OSError, sqlalchemy.exc.SQLAlchemyError) as err:
+            reason = str(getattr(err, "orig", err)).rstrip(".")
+            raise IngestError(f"The repository {repo} cannot be read and written: {reason}.") from err
     return IngestReport(run=run, n_ingested=n_new, n_skipped=len(paths) - n_new, n_patches=len(tiles))
 
 
@@ -305,9 +315,25 @@ def _cell_grid(headers: Sequence[WarpFileHeader]) -> CellGrid:
     if declared:
         assert declared[0].cells is not None
         return declared[0].cells
-    y = Interval.hull(*(header.bbox.y for header in headers))
-    x = Interval.hull(*(header.bbox.x for header in headers))
+    y = _common_interval(headers, lambda header: header.bbox.y)
+    x = _common_interval(headers, lambda header: header.bbox.x)
     return cover_with_cells(Box(y=y, x=x), YX(y=_DEFAULT_CELL, x=_DEFAULT_CELL))
+
+
+def _common_interval(
+    headers: Sequence[WarpFileHeader], interval_of: Callable[[WarpFileHeader], Interval]
+) -> Interval:
+    """Return the rows or columns that hold those of all files; refuse files that lie too far apart."""
+    hull = Interval.hull(*map(interval_of, headers))
+    if hull.size > max(_LARGEST_PATCH, 2 * max(interval_of(header).size for header in headers)):
+        first = min(headers, key=lambda header: interval_of(header).start)
+        last = max(headers, key=lambda header: interval_of(header).stop)
+        raise InvalidWarpFileError(
+            last.path,
+            f"it lies so far from {first.path} that their patch would be {hull.size} pixels long; give files "
+            "of different patches different PATCH",
+        )
+    return hull
 
 
 def _check_grid(header: WarpFileHeader, grid: CellGrid, sky_projection: SkyProjection[TractFrame]) -> None:
@@ -413,10 +439,6 @@ def _write(butler: Butler, tiles: Sequence[_Tile], run: str, progress: Progress)
     queue = [(tile, header) for tile in tiles for header in tile.headers]
     for n_done, (tile, header) in enumerate(queue, start=1):
         data_id = tile.data_id | {"instrument": header.instrument, "visit": header.visit}
-        try:
+        with unwrapped_errors():
             butler.put(tile.read(header).to_cell_coadd(), DATASET_TYPE, data_id, run=run)
-        except RuntimeError as err:
-            if isinstance(err.__cause__, OSError):  # the Butler wraps what the file system says
-                raise err.__cause__ from None
-            raise
         progress("writing", n_done, len(queue))

@@ -40,7 +40,8 @@ def make_measure_coadd(coadd: CellCoadd, residual: CellCoadd, plain: Coadd) -> C
     both : `lsst.images.cells.CellCoadd`
         The sum, with the target PSF. Its mask has the planes of both, and ``INEXACT_PSF`` where the residual
         matters or is missing; there, the image is the restored one. The variance is the sum of the
-        variances; the noise realisations, which are added too, know of their correlation.
+        variances; the noise realisations, which are added too, know of their correlation. The metadata are
+        those of the restored image.
 
     Raises
     ------
@@ -61,7 +62,7 @@ def make_measure_coadd(coadd: CellCoadd, residual: CellCoadd, plain: Coadd) -> C
     def image(array: np.ndarray, like: Image) -> Image:
         return Image(array.astype(np.float32), bbox=coadd.bbox, unit=like.unit)
 
-    return CellCoadd(
+    both = CellCoadd(
         image(coadd.image.array + layer, coadd.image),
         mask=mask,
         variance=image(variance, coadd.variance),
@@ -77,3 +78,5 @@ def make_measure_coadd(coadd: CellCoadd, residual: CellCoadd, plain: Coadd) -> C
         patch=coadd.patch,
         provenance=coadd.provenance,
     )
+    both.metadata.update(coadd.metadata)
+    return both

@@ -27,7 +27,7 @@ import sqlalchemy.exc
 from lsst.daf.butler import DatasetType
 from lsst.daf.butler.registry import CollectionTypeError, ConflictingDefinitionError
 
-from .repositories import RepositoryError, check_run_name, open_repository
+from .repositories import RepositoryError, check_run_name, open_repository, unwrapped_errors
 
 if TYPE_CHECKING:
     from .weights import TrainedNetwork
@@ -132,7 +132,8 @@ def ingest_network(repo: str | Path, network: TrainedNetwork, *, run: str = DEFA
                         f"The collection {run} of {repo} holds another network; name another collection."
                     )
                 return False
-            butler.put(dataset, NETWORK_DATASET_TYPE, run=run)
+            with unwrapped_errors():
+                butler.put(dataset, NETWORK_DATASET_TYPE, run=run)
             return True
     except RepositoryError as err:
         raise NetworkIngestError(str(err)) from err

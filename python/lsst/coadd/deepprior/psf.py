@@ -69,6 +69,9 @@ target, of 2 pixels or more, makes nothing but noise of what is sharper."""
 _LARGEST_NEGATIVE = 0.5
 """Negative part of a PSF over its positive one that neither noise nor the resampling of an image makes."""
 
+_SMALLEST_PEAK = 1.2
+"""Largest pixel of a stamp over the mean of all below which no PSF shows in it."""
+
 
 def stamp_fault(stamp: np.ndarray) -> str | None:
     """Return why a stamp cannot be that of a PSF.
@@ -93,6 +96,8 @@ def stamp_fault(stamp: np.ndarray) -> str | None:
         return f"has a negative part of {1.0 - total / positive:.0%} of its positive part; check the PSF"
     if stamp.max() > _LARGEST_SHARE * total:
         return f"has {stamp.max() / total:.0%} of its light in one pixel; a PSF must be at least a pixel wide"
+    if stamp.max() * stamp.size < _SMALLEST_PEAK * total:
+        return "is flat; check the PSF"
     return None
 
 

@@ -7,8 +7,16 @@
 
 from __future__ import annotations
 
-__all__ = ("RepositoryError", "check_run_name", "is_repository_uri", "open_repository")
+__all__ = (
+    "RepositoryError",
+    "check_run_name",
+    "is_repository_uri",
+    "open_repository",
+    "unwrapped_errors",
+)
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from lsst.daf.butler import Butler
@@ -61,3 +69,20 @@ def check_run_name(run: str) -> None:
     """
     if not run.strip() or "," in run or has_globs(run):
         raise RepositoryError(f"{run!r} is no name of a collection; name one without commas and wildcards.")
+
+
+@contextlib.contextmanager
+def unwrapped_errors() -> Iterator[None]:
+    """Raise what the file system says where the Butler, which cannot store a dataset, wraps it.
+
+    Raises
+    ------
+    OSError
+        Raised if a file cannot be written.
+    """
+    try:
+        yield
+    except RuntimeError as err:
+        if isinstance(err.__cause__, OSError):
+            raise err.__cause__ from None
+        raise

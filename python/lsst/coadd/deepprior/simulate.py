@@ -10,7 +10,16 @@ The flux of an object is that which falls into a PSF stamp, since stamps have un
 
 from __future__ import annotations
 
-__all__ = ("INSTRUMENT", "Scene", "SceneConfig", "add_glow", "render", "simulate_scene", "write_scene")
+__all__ = (
+    "INSTRUMENT",
+    "MAX_VISITS",
+    "Scene",
+    "SceneConfig",
+    "add_glow",
+    "render",
+    "simulate_scene",
+    "write_scene",
+)
 
 import dataclasses
 import functools
@@ -46,6 +55,9 @@ from .warps import Warp
 
 INSTRUMENT = "DeepPriorSim"
 """Name of the simulated instrument (`str`)."""
+
+MAX_VISITS = 1000
+"""Number of visits of a band that have numbers of their own (`int`)."""
 
 _SKYMAP = "deepprior_sim"
 _TRACT = 9
@@ -174,7 +186,7 @@ class Scene:
         mask.set("NO_DATA", visit.no_data)
         return Warp(
             instrument=INSTRUMENT,
-            visit=1000 * (list(BANDS).index(band) + 1) + number,
+            visit=MAX_VISITS * (list(BANDS).index(band) + 1) + number,
             physical_filter=f"{band}_sim",
             band=band,
             day_obs=night_of(self.mjd(number, band)),

@@ -286,7 +286,10 @@ def _patch(
         observation = warp.observation(bad_planes)
         if observation.good.any():
             observations.add(index, observation)
-            seeing.append(observation.seeing())
+            try:
+                seeing.append(observation.seeing())
+            except ValueError as err:
+                raise TrainingDataError(f"{name}: {err}") from err
     if len(observations) < _MIN_VISITS or cells is None:
         return None
     try:

@@ -226,8 +226,8 @@ def _read_cells(header: fits.Header) -> CellGrid | None:
 def _read_wcs(header: fits.Header, start: YX[int]) -> WCS:
     """Return the WCS of the tract from that of an array whose first pixel lies at ``start``."""
     header = header.copy()
-    header["CRPIX1"] = header.get("CRPIX1", 0.0) + start.x
-    header["CRPIX2"] = header.get("CRPIX2", 0.0) + start.y
+    header["CRPIX1"] = (_number(header, "CRPIX1") or 0.0) + start.x
+    header["CRPIX2"] = (_number(header, "CRPIX2") or 0.0) + start.y
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", (FITSFixedWarning, AstropyUserWarning))

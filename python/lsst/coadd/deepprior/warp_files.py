@@ -25,7 +25,7 @@ from astropy.io import fits
 from astropy.utils.exceptions import AstropyUserWarning
 
 from lsst.images import Box, Mask, MaskPlane, MaskSchema, SkyProjection, TractFrame
-from lsst.images.cells import PatchDefinition
+from lsst.images.cells import CellGrid, PatchDefinition
 
 from .cells import make_cell_psf
 from .psf import stamp_fault
@@ -104,9 +104,7 @@ class WarpFile:
                 f"it has PSF stamps for {self.header.psf_cells} cells, its patch has {size.as_tuple()}",
             )
         stamps = np.full((size.i, size.j, *self.psf.shape[-2:]), np.nan)
-        first = grid.index_of(y=self.header.bbox.y.min, x=self.header.bbox.x.min)
-        last = grid.index_of(y=self.header.bbox.y.max, x=self.header.bbox.x.max)
-        reached = (slice(first.i, last.i + 1), slice(first.j, last.j + 1))
+        reached = _reached(grid, self.header.bbox)
         stamps[reached] = self.psf[reached] if self.psf.ndim == 4 else self.psf
         try:
             return Warp(
@@ -221,17 +219,24 @@ def write_warp_file(
         fits.ImageHDU(warp.image.astype(np.float32, copy=False), image_header, name="IMAGE"),
         fits.ImageHDU(bits, mask_header, name="MASK"),
         fits.ImageHDU(warp.variance.astype(np.float32, copy=False), variance_header, name="VARIANCE"),
-        fits.ImageHDU(_shared_stamp(warp.psf_stamps).astype(np.float32), name="PSF"),
+        fits.ImageHDU(_shared_stamp(warp).astype(np.float32), name="PSF"),
     ]
     if warp.noise:
         hdus.append(fits.ImageHDU(warp.noise[0].astype(np.float32, copy=False), image_header, name="NOISE"))
     fits.HDUList(hdus).writeto(path, overwrite=True)
 
 
-def _shared_stamp(stamps: np.ndarray) -> np.ndarray:
-    """Return the one stamp (k, k) that all cells with PSF share, or, if there is none, all stamps."""
-    known = stamps[np.isfinite(stamps[:, :, 0, 0])]
-    return known[0] if len(known) and np.all(known == known[0]) else stamps
+def _shared_stamp(warp: Warp) -> np.ndarray:
+    """Return the one stamp (k, k) that all cells that the warp reaches share, or, if there is none, all."""
+    stamps = warp.psf_stamps
+    reached = stamps[_reached(warp.patch.cells, warp.bbox)].reshape(-1, *stamps.shape[-2:])
+    return reached[0] if np.all(reached == reached[0]) else stamps
+
+
+def _reached(grid: CellGrid, bbox: Box) -> tuple[slice, slice]:
+    """Return the cells (i, j) that a box reaches."""
+    first, last = (grid.index_of(y=y, x=x) for y, x in ((bbox.y.min, bbox.x.min), (bbox.y.max, bbox.x.max)))
+    return slice(first.i, last.i + 1), slice(first.j, last.j + 1)
 
 
 def _load(path: Path) -> dict[str, tuple[fits.Header, np.ndarray]]:

@@ -27,7 +27,13 @@ from .psf import stamp_fault
 _LARGEST_VARIANCE = 1e5
 """Variance, as a multiple of `_usual_variance`, above which a pixel is marked as bad and not measured: a full
 pixel holds no more than some 1e5 electrons, whose variance stands against that of a read noise of 2 electrons
-or more."""
+or more. Nor is a pixel measured that many times better than the usual ones."""
+
+_GAP = 7
+"""Powers of 2 that no pixel has as its variance, from which the pixels on either side count as two groups."""
+
+_SMALLEST_GROUP = 0.01
+"""Part of the pixels that a group must have to be taken for those that were measured."""
 
 
 class InvalidWarpError(ValueError):
@@ -243,14 +249,16 @@ class Warp:
         -------
         unusable : `numpy.ndarray`, (y, x), bool
             Pixels that have no finite flux, no positive finite variance, a variance beyond all that noise can
-            be (SExtractor and SWarp mark bad pixels with 1e30), one of the planes set, or that lie in a cell
-            in which the visit has no PSF.
+            be (SExtractor and SWarp mark bad pixels with 1e30) or next to none, one of the planes set, or
+            that lie in a cell in which the visit has no PSF.
         """
         result = self.flagged(bad_planes)
         result |= ~self.in_psf_cell
         result |= ~np.isfinite(self.image)
         result |= ~(np.isfinite(self.variance) & (self.variance > 0.0))
-        result |= self.variance > _LARGEST_VARIANCE * _usual_variance(self.variance[~result])
+        usual = _usual_variance(self.image, self.variance, ~result)
+        result |= self.variance > _LARGEST_VARIANCE * usual
+        result |= self.variance < usual / _LARGEST_VARIANCE
         return result
 
     def observation(self, bad_planes: Iterable[str]) -> Observation:
@@ -366,9 +374,30 @@ class Warp:
         )
 
 
-def _usual_variance(variance: np.ndarray) -> float:
-    """Return a variance of many pixels, infinite without any; most of them may be marked by huge ones."""
-    return float(np.quantile(variance, 0.1, method="lower")) if variance.size else np.inf
+def _usual_variance(flux: np.ndarray, variance: np.ndarray, usable: np.ndarray) -> float:
+    """Return a variance of many usable pixels, infinite without any.
+
+    Most pixels may be marked by huge variances, or have no data and next to no variance. Of groups of pixels
+    whose variances lie far apart, those were measured whose fluxes scatter as their variances say.
+    """
+    variance = variance[usable]
+    if not variance.size:
+        return np.inf
+    if variance.max() <= _LARGEST_VARIANCE * variance.min():
+        return float(variance.min())
+    flux = flux[usable]
+    power = np.frexp(variance)[1]
+    power -= power.min()
+    powers = np.flatnonzero(np.bincount(power))
+    groups = []
+    for group in np.split(powers, np.flatnonzero(np.diff(powers) > _GAP) + 1):
+        members = (power >= group[0]) & (power <= group[-1])
+        share = members.mean()
+        if share >= _SMALLEST_GROUP:
+            scatter = np.median(np.abs(flux[members]) / np.sqrt(variance[members]))
+            off = round(abs(np.log10(scatter))) if scatter > 0.0 else np.inf
+            groups.append((off, -share, float(np.quantile(variance[members], 0.1, method="lower"))))
+    return min(groups)[2]
 
 
 def _cell_fraction(chosen: np.ndarray, bbox: Box, grid: CellGrid) -> np.ndarray:

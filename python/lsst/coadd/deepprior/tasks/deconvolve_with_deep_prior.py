@@ -110,13 +110,13 @@ class DeconvolveWithDeepPriorTask(PipelineTask):
         Returns
         -------
         result : `lsst.pipe.base.Struct`
-            ``deconvolved`` (`lsst.afw.image.ExposureF`).
+            ``deconvolved`` (`lsst.afw.image.ExposureF`), in the units of the coadd.
 
         Raises
         ------
         RuntimeError
             Raised if the restored image has another PSF than the deblender's model, or no pixel in common
-            with the coadd.
+            with the coadd, or if the units of the coadd are not known.
         """
         bbox = Box.from_legacy(coadd.getBBox())
         footprints = None
@@ -126,8 +126,18 @@ class DeconvolveWithDeepPriorTask(PipelineTask):
                 # Sky objects are placed in the whole patch, and may reach beyond a coadd without its border.
                 record.getFootprint().spans.clippedTo(coadd.getBBox()).setImage(image, 1)
             footprints = image.array
-        coadd.image.array[:, :] = deconvolved_pixels(restored, bbox, footprints)
+        coadd.image.array[:, :] = deconvolved_pixels(restored, bbox, footprints) / _nanojansky_per_unit(coadd)
         return Struct(deconvolved=coadd)
+
+
+def _nanojansky_per_unit(coadd: Any) -> float:
+    """Return what the pixels of an ``ExposureF`` are to be multiplied with for nJy."""
+    if (photo_calib := coadd.getPhotoCalib()) is None:
+        raise RuntimeError(
+            "The coadd has no PhotoCalib, so that the restored image cannot be put into its units; name a "
+            "calibrated coadd."
+        )
+    return float(photo_calib.getCalibrationMean())
 
 
 def deconvolved_pixels(restored: CellCoadd, bbox: Box, footprints: np.ndarray | None = None) -> np.ndarray:

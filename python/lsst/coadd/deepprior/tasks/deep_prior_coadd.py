@@ -121,8 +121,8 @@ class DeepPriorCoaddTask(PipelineTask):
         if self.config.psf_mode != "known":
             outputRefs.visit_psfs = visit_psf_refs(outputs.visit_psfs, outputRefs.visit_psfs)
         butlerQC.put(outputs, outputRefs)
-        if checkpoint is not None:
-            remove_checkpoint(checkpoint, self.log)
+        if outputs.checkpoint is not None:
+            remove_checkpoint(outputs.checkpoint, self.log)
 
     def _read_network(
         self, butlerQC: QuantumContext, inputRefs: InputQuantizedConnection
@@ -164,8 +164,9 @@ class DeepPriorCoaddTask(PipelineTask):
         -------
         result : `lsst.pipe.base.Struct`
             ``coadd``, ``residual`` (`lsst.images.cells.CellCoadd`), ``outliers`` (`astropy.table.Table`),
-            ``metrics`` (`dict`), and ``visit_psfs``, the PSFs that were learned (`list`
-            [`lsst.images.cells.CellCoadd`], empty with ``psf_mode = "known"``).
+            ``metrics`` (`dict`), ``visit_psfs``, the PSFs that were learned (`list`
+            [`lsst.images.cells.CellCoadd`], empty with ``psf_mode = "known"``), and ``checkpoint``, the file
+            of this name if the fit has read or written it (`~pathlib.Path` or `None`).
 
         Raises
         ------
@@ -173,8 +174,12 @@ class DeepPriorCoaddTask(PipelineTask):
             Raised if no warp has a usable pixel.
         RuntimeError
             Raised if a warp cannot be used or has other cells than those before it, no GPU is found where one
-            is asked for, the network that comes with the package is missing or damaged, or the checkpoint is
-            of other inputs or settings.
+            is asked for, or its memory does not suffice and the CPU may not be used, the network that comes
+            with the package is missing or damaged, the checkpoint is of other inputs or settings, or its
+            directory or that of the cache cannot be used.
+        ValueError
+            Raised if the target PSF that is asked for cannot be made of the PSFs of the visits, or one of
+            these is flat.
         """
         started = time.monotonic()
         from ..parallel import use_threads
@@ -183,7 +188,7 @@ class DeepPriorCoaddTask(PipelineTask):
         inputs = self._gather(warps, self._cache_bytes(memory_bytes))
         use_threads(n_threads)
         settings = self._settings(inputs)
-        restoration, refinement, device = restore_on_node(
+        restoration, refinement, device, own_checkpoint = restore_on_node(
             self.config,
             self.log,
             inputs.label,
@@ -194,6 +199,7 @@ class DeepPriorCoaddTask(PipelineTask):
             checkpoint,
         )
         result = self._outputs(inputs, restoration, refinement, settings, network, device)
+        result.checkpoint = own_checkpoint
         result.metrics["seconds"]["task"] = time.monotonic() - started
         self.metadata["n_warps_used"] = len(inputs.infos)
         self.metadata["n_warps_left_out"] = len(inputs.left_out)

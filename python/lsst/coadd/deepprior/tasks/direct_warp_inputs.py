@@ -160,7 +160,7 @@ class DirectWarpConnections(PipelineTaskConnections, dimensions=("tract", "patch
         for n in range(config.n_noise_warps):
             noise = Input(
                 doc="Images of noise alone, resampled like the direct warps.",
-                name=f"direct_warp_noise{n}",
+                name=f"deepCoadd_directWarp_noise{n}",
                 storageClass="MaskedImageF",
                 dimensions=_VISIT_AND_PATCH,
                 multiple=True,

@@ -49,7 +49,7 @@ def restore_on_node(
     settings: RestoreSettings,
     network: TrainedNetwork | None,
     checkpoint: Path | None,
-) -> tuple[Restoration, PsfRefinement | None, str]:
+) -> tuple[Restoration, PsfRefinement | None, str, Path | None]:
     """Choose a device and restore a patch on it, or on the CPU if the memory of the device does not suffice.
 
     PSFs that are not known are learned before, on the same device.
@@ -75,6 +75,8 @@ def restore_on_node(
         The PSFs that were learned, if any.
     device : `str`
         Where it was restored.
+    own_checkpoint : `~pathlib.Path` or `None`
+        ``checkpoint``, if the fit has read or written it.
 
     Raises
     ------
@@ -104,7 +106,7 @@ def restore_on_node(
         return restoration, refinement
 
     (restoration, refinement), device = run_on_node(config, log, label, restore_on)
-    return restoration, refinement, device
+    return restoration, refinement, device, None if kept is None else kept.own_file
 
 
 def run_on_node[T](

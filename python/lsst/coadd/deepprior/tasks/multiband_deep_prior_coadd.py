@@ -131,8 +131,9 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
             stored.visit_psfs = [psf for result in results.values() for psf in result.visit_psfs]
             outputRefs.visit_psfs = visit_psf_refs(stored.visit_psfs, outputRefs.visit_psfs)
         butlerQC.put(stored, outputRefs)
-        for path in checkpoints.values():
-            remove_checkpoint(path, self.log)
+        for result in results.values():
+            if result.checkpoint is not None:
+                remove_checkpoint(result.checkpoint, self.log)
 
     def run(  # type: ignore[override]
         self,
@@ -167,6 +168,8 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
             Raised if no warp of any band has a usable pixel.
         RuntimeError
             Raised as by `DeepPriorCoaddTask.run`, and if the cells of the bands differ.
+        ValueError
+            Raised as by `DeepPriorCoaddTask.run`.
         """
         started = time.monotonic()
         from ..colour_picture import draw_colour_picture
@@ -234,6 +237,7 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
         }
         seconds = time.monotonic() - started
         for band, result in results.items():
+            result.checkpoint = kept[band].own_file if band in kept else None
             result.metrics["seconds"]["task"] = seconds
             coupled_with = [other for other in inputs if other != band] if self.config.coupling else []
             result.metrics["coupled_with"] = coupled_with
