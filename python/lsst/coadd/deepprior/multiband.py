@@ -168,10 +168,14 @@ def _finished(
 
 
 def _coupled_patches(fitted: Mapping[str, FittedPatch]) -> list[FittedPatch]:
-    """Return the patches of all bands with the latent images and points that coupling gives them."""
+    """Return the patches of all bands, those that are coupled with the latent images and points that this
+    gives them.
+    """
     points = coupled([BandLight(patch.data, patch.sets, patch.points.latent) for patch in fitted.values()])
     return [
-        dataclasses.replace(
+        patch
+        if own is None
+        else dataclasses.replace(
             patch,
             points=own,
             method=f"{patch.method}, coupled with {', '.join(other for other in fitted if other != band)}",
@@ -250,7 +254,10 @@ def _restored_draw(
     for place, (patch, latent) in enumerate(zip(patches, latents, strict=True)):
         noisy, again = patch.drawn(latent, _seed_of(seed, place), correlations[place])
         lights.append(BandLight(noisy, patch.sets, again))
-    return [own.latent for own in coupled(lights)]
+    return [
+        light.latent if own is None else own.latent
+        for light, own in zip(lights, coupled(lights), strict=True)
+    ]
 
 
 def _common_stars(
@@ -262,8 +269,8 @@ def _common_stars(
     """
     lights = [BandLight(patch.data, patch.sets, patch.points.latent) for patch in patches]
     depths = [_point_depth(patch) for patch in patches]
-    # In the fluxes of the first band.
-    ratios = [typical_ratio(light, lights[0]) for light in lights]
+    # In the fluxes of the first band; where the data tell no ratio, stars have the same flux.
+    ratios = [typical_ratio(light, lights[0]) or 1.0 for light in lights]
     expected = [ratio * depth for ratio, depth in zip(ratios, depths, strict=True)]
     least = int(np.argmin(expected))
     brightest = np.max([image * ratios[least] / r for image, r in zip(images, ratios, strict=True)], axis=0)
