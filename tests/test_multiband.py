@@ -23,7 +23,7 @@ from lsst.coadd.deepprior.fitted_patch import FittedPatch, RestoreSettings, fit_
 from lsst.coadd.deepprior.multiband import restore_bands
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.patch_data import PatchData
+from lsst.coadd.deepprior.patch_data import NothingToRestoreError, PatchData
 from lsst.coadd.deepprior.psf_check import SNRS, InjectedStars
 from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.weights import packaged_network
@@ -336,6 +336,12 @@ def test_bad_input_is_named(alone: dict[str, FittedPatch]) -> None:
         restore_bands({}, LAYOUT)
     with pytest.raises(ValueError, match="The r band has no visit; leave it out"):
         restore_bands({"g": visits()["g"], "r": []}, LAYOUT)
+    blind = {
+        name: [dataclasses.replace(visit, psf=np.full_like(visit.psf, np.nan)) for visit in one]
+        for name, one in visits().items()
+    }
+    with pytest.raises(NothingToRestoreError, match="No visit of any band"):
+        restore_bands(blind, LAYOUT)
     lights = [BandLight(one.data, one.sets, one.points.latent) for one in alone.values()]
     with pytest.raises(ValueError, match="has no other to be coupled with"):
         coupled(lights[:1])

@@ -30,6 +30,7 @@ from .noise import coadd_layers, local_variance
 from .noise_correlation import visit_correlations
 from .observation import Observation
 from .operators import CellLayout
+from .patch_data import NothingToRestoreError
 from .psf import target_sigma
 from .psf_check import InjectedStars, injected_latent, measure_leakage, place_stars
 from .restore import Restoration, assemble, restore
@@ -84,6 +85,8 @@ def restore_bands(
 
     Raises
     ------
+    NothingToRestoreError
+        Raised if no visit has a PSF.
     ValueError
         Raised if there is no band or a band has no visit, and by `~lsst.coadd.deepprior.restore.restore`, as
         are other errors.
@@ -126,7 +129,10 @@ def _of_band(progress: Progress | None, band: str) -> Progress | None:
 def _common_sigma(observations: Mapping[str, Sequence[Observation]]) -> float:
     """Return the sigma in pixels of the default target PSF of all bands."""
     seeing = np.array([visit.seeing() for visits in observations.values() for visit in visits])
-    return target_sigma(seeing[np.isfinite(seeing)])
+    seeing = seeing[np.isfinite(seeing)]
+    if len(seeing) == 0:
+        raise NothingToRestoreError("No visit of any band of the patch has a PSF in any cell.")
+    return target_sigma(seeing)
 
 
 def _finished(
