@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import galsim
 import numpy as np
 import pytest
 from toy import gaussian_stars
 
+from lsst.coadd.deepprior.fitted_source import Source
+from lsst.coadd.deepprior.galaxy_profiles import MAX_INDEX, MIN_INDEX
 from lsst.coadd.deepprior.plain_coadd import Coadd
 from lsst.coadd.deepprior.psf import gaussian_stamp
 from lsst.coadd.deepprior.source_fit import SYSTEMATIC_FLOOR, SourceFit, fit_sources
@@ -97,6 +101,20 @@ def test_positions_are_those_of_the_joint_solution() -> None:
         y + shifts[0], x + shifts[1], [], make_coadd(gaussian_stars((160, 150), stars, SEEING))
     )
     np.testing.assert_allclose([found.y, found.x], [y, x], atol=3e-4)
+
+
+@pytest.mark.parametrize("index", [MIN_INDEX, 1.4, MAX_INDEX])
+def test_derivative_by_the_index_is_that_of_the_profiles(index: float) -> None:
+    """Also at the limits, beyond which profiles do not change."""
+    coadd = make_coadd(np.zeros((90, 80)))
+    step = 0.02 if index == MIN_INDEX else -0.02
+    source = Source(40.3, 41.6, variance=2.0, log_index=np.log(index))
+    near = dataclasses.replace(source, log_index=source.log_index + step)
+    own = source.stamp(coadd)
+    expected = (near.stamp(coadd).array - own.array) / step
+    found = source.derivatives(coadd, own)[3].array
+    assert np.abs(expected).max() > 1e-4
+    np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
 
 
 def test_close_pairs_know_that_they_are_close() -> None:

@@ -108,8 +108,9 @@ class Source:
         elif self.variance is not None:
             wider = dataclasses.replace(self, variance=self.variance + _VARIANCE_DIFFERENCE)
             result.append(_difference(wider.stamp(coadd), own, _VARIANCE_DIFFERENCE))
-            other = dataclasses.replace(self, log_index=self.log_index - _DIFFERENCE)
-            result.append(_difference(other.stamp(coadd), own, -_DIFFERENCE))
+            change = _DIFFERENCE if self.log_index + _DIFFERENCE <= _HIGHEST[3] else -_DIFFERENCE
+            other = dataclasses.replace(self, log_index=self.log_index + change)
+            result.append(_difference(other.stamp(coadd), own, change))
         return result
 
     def shaped(self, variance: float) -> Source:
