@@ -117,6 +117,23 @@ def test_derivative_by_the_index_is_that_of_the_profiles(index: float) -> None:
     np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
 
 
+def test_what_is_at_a_limit_does_not_go_on() -> None:
+    """Both components of an ellipticity on either side; radii and indices where they are large."""
+    for outwards, held in (
+        ([1.0, -1.0, 1.0, 1.0], [True] * 4),
+        ([-1.0, 1.0, -1.0, -1.0], [False, True, True, False]),
+    ):
+        step = np.array(outwards)
+        far = Source(40.0, 41.0, shape=np.zeros(4))
+        for _ in range(20):
+            far, _ = far.moved(np.concatenate([[0.0, 0.0], step]), np.array([40.0, 41.0]), 2.0)
+        assert list(far.stuck(step, 2.0)) == held
+        assert not far.stuck(-step, 2.0).any()
+    for log_index, held in ((np.log(MIN_INDEX), False), (np.log(MAX_INDEX), True)):
+        found = Source(40.0, 41.0, variance=0.0, log_index=log_index).stuck(np.sign([-1.0, log_index]), 2.0)
+        assert list(found) == [False, held]
+
+
 def test_close_pairs_know_that_they_are_close() -> None:
     """Fluxes of the members of a pair depend on where they are: errors are larger, and still right."""
     rng = np.random.default_rng(6)

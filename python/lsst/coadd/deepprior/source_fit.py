@@ -131,9 +131,9 @@ def fit_sources(
     are left alone while others move. A prior of the population of shapes decides what the data leave open.
     What two points fit better than one galaxy (`~lsst.coadd.deepprior.pairs.fit_pair`) becomes two sources,
     and what shares light with them is fitted once more. At the end all parameters are solved for together,
-    so that the errors of fluxes hold what is not known of positions and shapes. Radii and indices at their
-    upper limits stay there: a solution that went on in a straight line would be that of no profile. Their
-    errors are as if they were free.
+    so that the errors of fluxes hold what is not known of positions and shapes. Ellipticities at their
+    limits, and radii and indices at their upper ones, stay there: a solution that went on in a straight line
+    would be that of no profile. Their errors are as if they were free.
 
     Parameters
     ----------
