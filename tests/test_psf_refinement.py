@@ -87,6 +87,17 @@ def test_psfs_that_are_wrong_become_right_and_others_stay(wider: float, elliptic
     _check(refinement)
 
 
+def test_a_star_with_a_fainter_companion_does_not_tell_the_psf() -> None:
+    """One of a tenth of its flux, 1.5 FWHM away; one of a hundredth is too faint to matter."""
+    (x, y, flux), (other_x, other_y, other_flux), *_ = STARS
+    companions = [(x + 6.5, y, 0.1 * flux), (other_x, other_y - 6.5, 0.01 * other_flux)]
+    visits = observe(LAYOUT, STARS + companions, SEEING, seed=3, stamp=STAMP)
+    data = PatchData(visits, LAYOUT, target_sigma(2.35 * np.array(SEEING)))
+    sky = RefinementSky(data, PsfBasis(reference_sigma(data.seeing)), base_steps=100)
+    distance = np.hypot(*(sky.stars[:, None, 1::-1] - data.margin - np.array(STARS)[:, :2]).T)
+    assert list(distance.min(axis=1) < 1.0) == [False] + [True] * (len(STARS) - 1)
+
+
 def test_guesses_of_the_seeing_are_enough_with_stars() -> None:
     guesses = [1.12, 0.93, 0.88, 1.05]
     visits = [
