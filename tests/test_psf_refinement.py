@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 from toy import gaussian_stars, observe
 
+from lsst.coadd.deepprior import psf_refinement
 from lsst.coadd.deepprior.finer import finer_layout, finer_observation
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.patch_data import NothingToRestoreError, PatchData
-from lsst.coadd.deepprior.psf import StarFit, fit_star, target_sigma
+from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA, StarFit, fit_star, target_sigma
 from lsst.coadd.deepprior.psf_basis import PsfBasis, reference_sigma
 from lsst.coadd.deepprior.psf_refinement import CorrectedObservations, PsfRefinement, refine_psfs, summary
 from lsst.coadd.deepprior.psf_sky import RefinementSky
+from lsst.coadd.deepprior.tasks.deep_prior_coadd_config import DeepPriorCoaddConfig
+from lsst.coadd.deepprior.tasks.execution import refined_observations
 
 LAYOUT = CellLayout(1, 2, 96, 64)
 SEEING = [1.7, 1.9, 2.2, 1.8]
@@ -163,6 +167,29 @@ def test_without_stars_only_differences_are_refined() -> None:
     assert size.mean() == pytest.approx(np.mean(wider) - 1.0, abs=0.003)
     assert np.ptp(size) < 0.03
     _check(refinement)
+
+
+@pytest.mark.parametrize("sharp", [1.32, 1.9])
+def test_the_sky_has_the_target_that_is_asked_for(sharp: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the best seeing is too sharp for the default one."""
+    visits = observe(LAYOUT, STARS, [sharp / FWHM_PER_SIGMA, 1.7], seed=3, stamp=STAMP)
+    sigmas = []
+
+    def first_pass(data: PatchData, *arguments: object) -> None:
+        sigmas.append(data.sigma)
+        raise StopIteration
+
+    monkeypatch.setattr(psf_refinement, "RefinementSky", first_pass)
+    with pytest.raises(StopIteration):
+        refined_observations(
+            DeepPriorCoaddConfig(psf_mode="refine"),
+            visits,
+            LAYOUT,
+            RestoreSettings(target_fwhm=1.8),
+            "cpu",
+            lambda *arguments: None,
+        )
+    assert sigmas == [pytest.approx(1.8 / FWHM_PER_SIGMA)]
 
 
 def _spoilt_visits(scale: float = 30.0) -> list[Observation]:

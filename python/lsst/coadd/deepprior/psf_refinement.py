@@ -195,6 +195,7 @@ def refine_psfs(
     *,
     blind: bool = False,
     base_steps: int = 100,
+    target_fwhm: float | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[str, int, int, float], None] | None = None,
 ) -> PsfRefinement:
@@ -210,6 +211,9 @@ def refine_psfs(
         Take no more from the PSFs of the visits than their FWHM, as a guess of the seeing.
     base_steps : `int`, optional
         Steps of maximum likelihood in each pass.
+    target_fwhm : `float`, optional
+        FWHM in pixels of the PSF of the sky in between, that of the restoration; by default what
+        `~lsst.coadd.deepprior.psf.target_sigma` chooses.
     device : `torch.device` or `str`, optional
         Where to compute.
     progress : `~collections.abc.Callable`, optional
@@ -225,8 +229,8 @@ def refine_psfs(
     NothingToRestoreError
         Raised if no visit has a good pixel in a cell with a PSF.
     ValueError
-        Raised if a visit does not fit the layout or is on finer pixels than its own, or ``base_steps`` is not
-        positive.
+        Raised if a visit does not fit the layout or is on finer pixels than its own, if ``base_steps`` is not
+        positive, or by `~lsst.coadd.deepprior.psf.target_sigma`.
     """
     if base_steps < 1:
         raise ValueError(f"base_steps must be at least 1, not {base_steps}.")
@@ -244,7 +248,7 @@ def refine_psfs(
         raise NothingToRestoreError("No visit of the patch has a PSF in any cell.")
     stamps = [blind_stamps(psf) for psf in given] if blind else given
     seeing = seeing[np.isfinite(seeing)]
-    sigma = target_sigma(seeing)
+    sigma = target_sigma(seeing, target_fwhm)
     basis = PsfBasis(reference_sigma(seeing))
     n_visits = len(observations)
     nothing = np.full(n_visits, np.nan)
