@@ -131,6 +131,7 @@ def test_pulls_whatever_the_prior_did(factor, shift):
         assert 0.9 < np.std(pull) < 1.15, name
         assert abs(np.median(pull)) < 0.25, name
     np.testing.assert_allclose(np.median(found["psf_flux_err"]), point_error, rtol=0.1)
+    np.testing.assert_allclose(found["flux_sys_err"], 0.005 * np.abs(found["flux"]))
     # Whether a fainter source is a point is not certain, which its error knows.
     bright = flux > 100.0 * point_error
     np.testing.assert_allclose(found["flux_err"][bright], point_error, rtol=0.15)
