@@ -412,6 +412,22 @@ def test_pixels_without_data_count_in_apertures_with_the_fit():
     np.testing.assert_allclose(found["ap1_flux_err"][1], found["flux_err"][1], rtol=0.1)
 
 
+@pytest.mark.parametrize(("width", "n_stars"), [(8.0, 2), (12.0, 0)])
+def test_a_galaxy_whose_core_has_no_data(width, n_stars):
+    """No pixel under the PSF in its middle has any; what its wings have is not found once more."""
+    shape, (x, y, flux) = (150, 160), np.array([[110.0, 70.4, 4e4], [78.3, 30.2, 3e4]])[:n_stars].T
+    patch = make_inputs(shape, (1, 1), x, y, flux)
+    radius = np.hypot(*(np.indices(shape) - np.array([74, 76])[:, None, None]))
+    variance = width**2 + TARGET**2
+    galaxy = 4e6 * np.exp(-0.5 * radius**2 / variance) / (2.0 * np.pi * variance)
+    residual = np.where(radius < 26.0, np.nan, patch.residual)
+    table = measure(dataclasses.replace(patch, model=patch.model + galaxy, residual=residual))
+    assert len(table) == 1 + n_stars
+    assert list(np.isnan(table["psf_flux"])) == list(table["flag_no_data"]) == [True] + [False] * n_stars
+    found = match(table, [76.0, *x], [74.0, *y])[1:]
+    assert np.all(np.abs(found["flux"] - flux) < 4.0 * found["flux_err"])
+
+
 def test_missing_cell():
     """A cell without data neither yields sources nor disturbs those beside it."""
     x, y, flux = [25.0, 58.5, 100.0], [30.0, 40.0, 50.0], [2e4, 2e4, 2e4]

@@ -257,6 +257,13 @@ def test_bad_input_nothing_and_others() -> None:
     image[other.slices] += 500.0 * other.array
     found = fit_sources(np.array([30.2]), np.array([24.9]), [other], make_coadd(image))
     np.testing.assert_allclose([found.flux[0], found.y[0], found.x[0]], [900.0, 30.0, 25.0], rtol=2e-3)
+    np.testing.assert_allclose(found.other_flux, [500.0], rtol=2e-3)
+    assert 0.5 < found.other_error[0] / (3.0 * np.sqrt(4.0 * np.pi)) < 2.0
+    image = np.zeros((70, 90))
+    image[other.slices] = 500.0 * other.array
+    alone = fit_sources(np.zeros(0), np.zeros(0), [other], make_coadd(image + 1.0))
+    np.testing.assert_allclose([*alone.other_flux, alone.sky], [500.0, 1.0], rtol=2e-3)
+    np.testing.assert_allclose(alone.other_error, found.other_error, rtol=0.1)
 
 
 @pytest.mark.parametrize(("snr", "radius"), [(60.0, 2.5), (100.0, 3.0)])

@@ -321,7 +321,7 @@ def _with_profiles(
     extent[: len(pieces)] = [math.sqrt(np.count_nonzero(piece.array) / math.pi) for piece in pieces]
     found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd, extent=extent[seen])
     # A source that the model merged with a galaxy shows only when the galaxy has a profile of its own.
-    fitted = render(found.stamps, found.flux, coadd.shape)
+    fitted = render([*found.stamps, *unseen], np.append(found.flux, found.other_flux), coadd.shape)
     late = _missed(fitted, coadd.without(found.sky), _doubtful(inputs, settings), settings)
     late = [point for point in late if _apart(point, found.y, found.x, coadd)]
     if late:
@@ -342,8 +342,8 @@ def _with_profiles(
         ("x", found.x),
         ("y_err", found.y_err),
         ("x_err", found.x_err),
-        ("flux", found.flux),
-        ("flux_err", found.error),
+        ("flux", np.append(found.flux, found.other_flux)),
+        ("flux_err", np.append(found.error, found.other_error)),
         ("flux_template_err", found.shape_error),
         ("flux_confusion_err", found.confusion_error),
         ("flag_extended", found.extended),
