@@ -91,7 +91,7 @@ def _restored(
     }
     single = {band: fit.image(fit.points.latent).astype(float) for band, fit in fits.items()}
     joint = {
-        band: fit.image(own.latent).astype(float)
+        band: single[band] if own is None else fit.image(own.latent).astype(float)
         for (band, fit), own in zip(fits.items(), points, strict=True)
     }
     return single, joint, numbers

@@ -42,5 +42,7 @@ def test_restored_fluxes_take_the_correction_of_the_psf_flux(weight: np.ndarray)
         np.testing.assert_allclose(restored[name], [[factor, factor, np.nan]])
     without_errors = {name: visit[name] for name in (PSF, MODEL)}
     assert set(restored_corrections([without_errors] * 3, weight)) == {PSF, MODEL}
+    unknown_error = {name: visit[name] for name in (PSF, MODEL, MODEL + "Err")}
+    assert np.isnan(restored_corrections([unknown_error] * 3, weight)[MODEL + "Err"]).all()
     assert restored_corrections([{MODEL: visit[MODEL]}] * 3, weight) == {}
     assert restored_corrections([{}] * 3, weight) == {}

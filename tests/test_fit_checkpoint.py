@@ -136,8 +136,22 @@ def test_inputs_digest_tells_visits_apart(visits: list[Observation]) -> None:
     flux = np.nextafter(visits[1].flux, np.float32(np.inf))
     good = visits[1].good.copy()
     good[tuple(np.argwhere(good)[0])] = False
-    for change in ({"flux": flux}, {"good": good}, {"name": "other"}, {"psf": 1.01 * visits[1].psf}):
-        assert inputs_digest([visits[0], dataclasses.replace(visits[1], **change), *visits[2:]]) != digest
+    changes = (
+        {"flux": flux},
+        {"variance": 1.01 * visits[1].variance},
+        {"good": good},
+        {"psf": 1.01 * visits[1].psf},
+        {"origin": (0, 1)},
+        {"name": "other"},
+        {"noise": visits[2].flux},
+        {"noise": visits[3].flux},
+        {"sampling": 2},
+    )
+    digests = {
+        inputs_digest([visits[0], dataclasses.replace(visits[1], **change), *visits[2:]])
+        for change in changes
+    }
+    assert len({digest, *digests}) == 1 + len(changes)
     assert inputs_digest([visits[1], visits[0], *visits[2:]]) != digest
     assert inputs_digest(visits[:3]) != digest
 

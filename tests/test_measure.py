@@ -97,6 +97,11 @@ def match(table, x, y, radius=1.5):
     return table[distance.argmin(axis=1)]
 
 
+def enclosed(radius):
+    """Return the part of a star that is within a radius in FWHM; pixels count with the part inside."""
+    return 1.0 - np.exp(-0.5 * (radius * 2.0 * FWHM_PER_SIGMA) ** 2 / (2.0**2 + 1.0 / 12.0))
+
+
 def robust_std(values):
     return 1.4826 * np.median(np.abs(values - np.median(values)))
 
@@ -126,6 +131,7 @@ def test_pulls_whatever_the_prior_did(factor, shift):
         assert 0.9 < np.std(pull) < 1.15, name
         assert abs(np.median(pull)) < 0.25, name
     np.testing.assert_allclose(np.median(found["psf_flux_err"]), point_error, rtol=0.1)
+    np.testing.assert_allclose(found["flux_sys_err"], 0.005 * np.abs(found["flux"]))
     # Whether a fainter source is a point is not certain, which its error knows.
     bright = flux > 100.0 * point_error
     np.testing.assert_allclose(found["flux_err"][bright], point_error, rtol=0.15)
@@ -134,9 +140,11 @@ def test_pulls_whatever_the_prior_did(factor, shift):
         pull = (found[name] - true) / found[f"{name}_err"]
         assert 0.9 < robust_std(pull) < 1.15, name
         assert abs(np.median(pull)) < 0.25, name
-    enclosed = 1.0 - np.exp(-0.5 * FWHM_PER_SIGMA**2)
-    pull = (found["ap1_flux"] - enclosed * flux) / found["ap1_flux_err"]
-    assert 0.9 < robust_std(pull) < 1.15
+    for n, radius in enumerate(APERTURES, start=1):
+        part = enclosed(radius)
+        pull = (found[f"ap{n}_flux"] - part * flux) / found[f"ap{n}_flux_err"]
+        assert 0.85 < robust_std(pull) < 1.15, radius
+        assert abs(np.median(pull)) < 0.25, radius
     np.testing.assert_allclose(np.sqrt(found["ixx"]), TARGET, rtol=0.005)
     np.testing.assert_allclose(np.sqrt(found["iyy"]), TARGET, rtol=0.005)
     np.testing.assert_allclose(found["ixy"], 0.0, atol=0.005)
@@ -385,6 +393,39 @@ def test_aperture_errors_know_that_noise_is_correlated():
         pairs = 0.2 * (inside[1:] & inside[:-1]).sum() + 0.3 * (inside[:, 1:] & inside[:, :-1]).sum()
         expected = np.sqrt(1.0 + 2.0 * pairs / inside.sum())
         assert table[f"ap{n}_flux_err"][0] / white[f"ap{n}_flux_err"][0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_pixels_without_data_count_in_apertures_with_the_fit():
+    """Half of the core of a star is masked, and all of another one but its wings."""
+    x, y, flux = [35.0, 95.0], [45.2, 44.8], [4e5, 4e5]
+    patch = make_inputs((90, 130), (1, 1), x, y, flux)
+    patch.residual[:45, 33:38] = np.nan
+    grid_y, grid_x = np.indices((90, 130))
+    near = np.hypot(grid_y - y[1], grid_x - x[1]) < APERTURES[0] * 2.0 * FWHM_PER_SIGMA + 1.0
+    patch.residual[near] = np.nan
+    found = match(measure(patch), x, y)
+    whole = match(measure(make_inputs((90, 130), (1, 1), x, y, flux)), x, y)
+    for name in ("ap1_flux", "ap2_flux", "ap3_flux"):
+        error = np.hypot(found[f"{name}_err"], whole[f"{name}_err"])
+        np.testing.assert_array_less(np.abs(found[name] - whole[name]), 4.0 * error)
+        assert found[f"{name}_err"][0] < 1.5 * whole[f"{name}_err"][0]
+    np.testing.assert_allclose(found["ap1_flux_err"][1], found["flux_err"][1], rtol=0.1)
+
+
+@pytest.mark.parametrize(("width", "n_stars"), [(8.0, 2), (12.0, 0)])
+def test_a_galaxy_whose_core_has_no_data(width, n_stars):
+    """No pixel under the PSF in its middle has any; what its wings have is not found once more."""
+    shape, (x, y, flux) = (150, 160), np.array([[110.0, 70.4, 4e4], [78.3, 30.2, 3e4]])[:n_stars].T
+    patch = make_inputs(shape, (1, 1), x, y, flux)
+    radius = np.hypot(*(np.indices(shape) - np.array([74, 76])[:, None, None]))
+    variance = width**2 + TARGET**2
+    galaxy = 4e6 * np.exp(-0.5 * radius**2 / variance) / (2.0 * np.pi * variance)
+    residual = np.where(radius < 26.0, np.nan, patch.residual)
+    table = measure(dataclasses.replace(patch, model=patch.model + galaxy, residual=residual))
+    assert len(table) == 1 + n_stars
+    assert list(np.isnan(table["psf_flux"])) == list(table["flag_no_data"]) == [True] + [False] * n_stars
+    found = match(table, [76.0, *x], [74.0, *y])[1:]
+    assert np.all(np.abs(found["flux"] - flux) < 4.0 * found["flux_err"])
 
 
 def test_missing_cell():

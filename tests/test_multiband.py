@@ -15,7 +15,7 @@ import pytest
 import torch
 from toy import gaussian_stars, observe
 
-from lsst.coadd.deepprior import multiband
+from lsst.coadd.deepprior import coupling, multiband
 from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood
 from lsst.coadd.deepprior.colour_picture import choose_bands, draw_colour_picture, in_order
 from lsst.coadd.deepprior.coupling import BandLight, coupled, typical_ratio
@@ -23,7 +23,7 @@ from lsst.coadd.deepprior.fitted_patch import FittedPatch, RestoreSettings, fit_
 from lsst.coadd.deepprior.multiband import restore_bands
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
-from lsst.coadd.deepprior.patch_data import PatchData
+from lsst.coadd.deepprior.patch_data import NothingToRestoreError, PatchData
 from lsst.coadd.deepprior.psf_check import SNRS, InjectedStars
 from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.weights import packaged_network
@@ -76,7 +76,7 @@ def fits(observations: dict[str, list[Observation]]) -> dict[str, FittedPatch]:
 def together(patches: dict[str, FittedPatch]) -> dict[str, np.ndarray]:
     points = coupled([BandLight(one.data, one.sets, one.points.latent) for one in patches.values()])
     return {
-        name: patch.image(own.latent).astype(float)
+        name: single_image(patch) if own is None else patch.image(own.latent).astype(float)
         for (name, patch), own in zip(patches.items(), points, strict=True)
     }
 
@@ -153,9 +153,10 @@ def test_a_band_keeps_its_source_beside_one_of_another_band() -> None:
         )
         data = PatchData(seen, layout, 0.9, margin=12)
         lights.append(BandLight(data, data.sets(), maximum_likelihood(data, data.sets(), steps=60).latent[0]))
+    points = coupled(lights)[0]
+    assert points is not None
     own, joint = (
-        inner_smooth(latent, 0.9)[12:-12, 12:-12].numpy()
-        for latent in (lights[0].latent, coupled(lights)[0].latent)
+        inner_smooth(latent, 0.9)[12:-12, 12:-12].numpy() for latent in (lights[0].latent, points.latent)
     )
     assert light_at(joint, (35.0, 30.0, 0.0), 1.5) < 0.03 * 900.0
     mine = (39.0, 30.0, 0.0)
@@ -207,7 +208,46 @@ def test_typical_ratio(alone: dict[str, FittedPatch]) -> None:
     lights = {name: BandLight(one.data, one.sets, one.points.latent) for name, one in alone.items()}
     assert typical_ratio(lights["g"], lights["r"]) == pytest.approx(RED, rel=0.1)
     dark = dataclasses.replace(lights["g"], latent=1e-6 * lights["g"].latent)
-    assert typical_ratio(lights["r"], dark) == 1.0
+    assert typical_ratio(lights["r"], dark) is None
+
+
+def test_depths_are_those_in_the_flux_of_the_band(alone: dict[str, FittedPatch]) -> None:
+    """A band that is 1 / RED times as bright counts for less by the square of that."""
+    lights = [BandLight(alone[name].data, alone[name].sets, alone[name].points.latent) for name in "gr"]
+    depths = [depth for _, depth in coupling._templates(lights)]
+    inner = (slice(30, 100), slice(30, 90))
+    for depth, other, ratio in ((depths[0], lights[1], RED), (depths[1], lights[0], 1.0 / RED)):
+        np.testing.assert_allclose(depth[inner], (other.depth / ratio**2)[inner], rtol=0.2)
+
+
+def test_a_band_in_which_nothing_stands_out_is_not_coupled(alone: dict[str, FittedPatch]) -> None:
+    """It is given no light, and the others are coupled as if it were not there."""
+    empty = observe(LAYOUT, [], [1.5, 1.8, 2.1], noise=3.0, seed=5)
+    patches = {"r": alone["r"], "u": fits({"u": empty})["u"], "i": alone["i"]}
+    joint, without = together(patches), together({name: alone[name] for name in "ri"})
+    np.testing.assert_array_equal(joint["u"], single_image(patches["u"]))
+    for name in "ri":
+        np.testing.assert_array_equal(joint[name], without[name])
+    result = multiband._coupled_patches(patches)
+    assert ["coupled" in one.method for one in result] == [True, False, True]
+    latents = [one.points.latent for one in result]
+    white = [np.ones((len(one.observations), 1, 1)) for one in result]
+    _, again = result[1].drawn(latents[1], multiband._seed_of(7, 1), white[1])
+    torch.testing.assert_close(multiband._restored_draw(result, latents, 7, white)[1], again)
+
+
+def test_realisations_are_coupled_as_the_image_is(alone: dict[str, FittedPatch]) -> None:
+    """So that the shallow band has less noise than one that is restored by itself."""
+    patches = list(alone.values())
+    latents = [one.points.latent for one in patches]
+    white = [np.ones((len(one.observations), 1, 1)) for one in patches]
+    joint = multiband._restored_draw(patches, latents, 7, white)[0]
+    _, single = patches[0].drawn(latents[0], multiband._seed_of(7, 0), white[0])
+    own, less = (
+        np.sqrt(np.mean((patches[0].image(one) - patches[0].image(latents[0])) ** 2))
+        for one in (single, joint)
+    )
+    assert less < 0.95 * own
 
 
 def test_band_without_data_in_a_cell_is_given_none(alone: dict[str, FittedPatch]) -> None:
@@ -247,13 +287,19 @@ def test_what_comes_out_is_that_of_the_coupled_image(alone: dict[str, FittedPatc
     result = restore_bands(visits(), LAYOUT, settings, network=packaged_network(), progress=progress)
     np.testing.assert_allclose(result["g"].image, together(alone)["g"], atol=1e-3)
     assert {"base g", "base i", "noise"} <= phases
-    for one in result.values():
+    for name, n_visits in (("g", 3), ("r", 10), ("i", 10)):
+        one = result[name]
         assert len({visit.target_sigma for visit in result.values()}) == 1
         assert np.abs(np.median(one.residual)) < 0.3
+        depth = n_visits / 3.0**2
+        assert np.median(one.residual_variance) == pytest.approx(1.0 / depth, rel=0.1)
+        assert np.var(one.residual_noise_realizations[0]) == pytest.approx(1.0 / depth, rel=0.2)
         assert np.isfinite(one.variance).all()
+        assert np.mean(one.noise_realizations[0] ** 2) == pytest.approx(np.mean(one.variance), rel=0.1)
         stars = one.metrics["psf"]["injected_stars"]
         assert stars
         assert abs(stars[-1]["flux"] - 1.0) < 0.05
+        assert (stars[-1]["snr"] == SNRS[-1]) == (name == "g")
     noise = [result[name].residual_noise_realizations[0].ravel() for name in ("r", "i")]
     assert abs(np.corrcoef(noise)[0, 1]) < 0.1
 
@@ -290,6 +336,12 @@ def test_bad_input_is_named(alone: dict[str, FittedPatch]) -> None:
         restore_bands({}, LAYOUT)
     with pytest.raises(ValueError, match="The r band has no visit; leave it out"):
         restore_bands({"g": visits()["g"], "r": []}, LAYOUT)
+    blind = {
+        name: [dataclasses.replace(visit, psf=np.full_like(visit.psf, np.nan)) for visit in one]
+        for name, one in visits().items()
+    }
+    with pytest.raises(NothingToRestoreError, match="No visit of any band"):
+        restore_bands(blind, LAYOUT)
     lights = [BandLight(one.data, one.sets, one.points.latent) for one in alone.values()]
     with pytest.raises(ValueError, match="has no other to be coupled with"):
         coupled(lights[:1])

@@ -6,19 +6,24 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 from toy import gaussian_stars, observe
 
+from lsst.coadd.deepprior import psf_refinement
 from lsst.coadd.deepprior.finer import finer_layout, finer_observation
+from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.patch_data import NothingToRestoreError, PatchData
-from lsst.coadd.deepprior.psf import StarFit, fit_star, target_sigma
+from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA, StarFit, fit_star, target_sigma
 from lsst.coadd.deepprior.psf_basis import PsfBasis, reference_sigma
 from lsst.coadd.deepprior.psf_refinement import CorrectedObservations, PsfRefinement, refine_psfs, summary
 from lsst.coadd.deepprior.psf_sky import RefinementSky
+from lsst.coadd.deepprior.tasks.deep_prior_coadd_config import DeepPriorCoaddConfig
+from lsst.coadd.deepprior.tasks.execution import refined_observations
 
 LAYOUT = CellLayout(1, 2, 96, 64)
 SEEING = [1.7, 1.9, 2.2, 1.8]
@@ -83,8 +88,22 @@ def test_psfs_that_are_wrong_become_right_and_others_stay(wider: float, elliptic
     assert np.abs(size).max() < 0.01
     assert round_to.max() < 0.005
     assert refinement.fwhm_error.max() < 0.01
+    assert (round_to < 5.0 * refinement.ellipticity_error).all()
+    assert refinement.ellipticity_error.max() < 0.01
+    assert (refinement.ellipticity_error > 2e-4).all()
     assert not any(refinement.flags(k)[flag] for k in range(4) for flag in ("not_anchored", "uncertain"))
     _check(refinement)
+
+
+def test_a_star_with_a_fainter_companion_does_not_tell_the_psf() -> None:
+    """One of a tenth of its flux, 1.5 FWHM away; one of a hundredth is too faint to matter."""
+    (x, y, flux), (other_x, other_y, other_flux), *_ = STARS
+    companions = [(x + 6.5, y, 0.1 * flux), (other_x, other_y - 6.5, 0.01 * other_flux)]
+    visits = observe(LAYOUT, STARS + companions, SEEING, seed=3, stamp=STAMP)
+    data = PatchData(visits, LAYOUT, target_sigma(2.35 * np.array(SEEING)))
+    sky = RefinementSky(data, PsfBasis(reference_sigma(data.seeing)), base_steps=100)
+    distance = np.hypot(*(sky.stars[:, None, 1::-1] - data.margin - np.array(STARS)[:, :2]).T)
+    assert list(distance.min(axis=1) < 1.0) == [False] + [True] * (len(STARS) - 1)
 
 
 def test_guesses_of_the_seeing_are_enough_with_stars() -> None:
@@ -117,7 +136,9 @@ def test_flux_scale_shift_and_background_are_found() -> None:
         (clean,) = observe(LAYOUT, moved, SEEING[k : k + 1], seed=20 + k, stamp=STAMP)
         flux = (scale[k] * clean.flux + background[k]).astype(np.float32)
         visits.append(
-            dataclasses.replace(visit, flux=flux, good=clean.good, variance=clean.variance * scale[k] ** 2)
+            dataclasses.replace(
+                visit, flux=flux, good=clean.good, variance=clean.variance * scale[k] ** 2, noise=clean.flux
+            )
         )
     refinement = refine_psfs(visits, LAYOUT)
     np.testing.assert_allclose(refinement.flux_scale, scale, atol=0.012)
@@ -129,6 +150,10 @@ def test_flux_scale_shift_and_background_are_found() -> None:
     np.testing.assert_allclose(
         one.flux * refinement.flux_scale[1] + refinement.background[1], visits[1].flux, rtol=1e-4, atol=1e-3
     )
+    np.testing.assert_allclose(one.variance * refinement.flux_scale[1] ** 2, visits[1].variance, rtol=1e-5)
+    assert one.noise is not None
+    np.testing.assert_allclose(one.noise * refinement.flux_scale[1], visits[1].noise, rtol=1e-5)
+    assert abs(refinement.flux_scale[1] - 1.0) > 1e-3
     fit = fit_star(one.psf[0, 0])
     np.testing.assert_allclose((fit.x, fit.y), STAMP // 2 + refinement.shift[1], atol=0.01)
     np.testing.assert_array_equal(one.good, visits[1].good)
@@ -152,6 +177,63 @@ def test_without_stars_only_differences_are_refined() -> None:
     assert size.mean() == pytest.approx(np.mean(wider) - 1.0, abs=0.003)
     assert np.ptp(size) < 0.03
     _check(refinement)
+
+
+@pytest.mark.parametrize("sharp", [1.32, 1.9])
+def test_the_sky_has_the_target_that_is_asked_for(sharp: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the best seeing is too sharp for the default one."""
+    visits = observe(LAYOUT, STARS, [sharp / FWHM_PER_SIGMA, 1.7], seed=3, stamp=STAMP)
+    sigmas = []
+
+    def first_pass(data: PatchData, *arguments: object) -> None:
+        sigmas.append(data.sigma)
+        raise StopIteration
+
+    monkeypatch.setattr(psf_refinement, "RefinementSky", first_pass)
+    with pytest.raises(StopIteration):
+        refined_observations(
+            DeepPriorCoaddConfig(psf_mode="refine"),
+            visits,
+            LAYOUT,
+            RestoreSettings(target_fwhm=1.8),
+            "cpu",
+            lambda *arguments: None,
+        )
+    assert sigmas == [pytest.approx(1.8 / FWHM_PER_SIGMA)]
+
+
+def test_mean_shape_is_that_of_the_start() -> None:
+    """Along both directions of the ellipticity, which are not equal."""
+    wanted = [StarFit(1.0, 0.0, 0.0, 1.02 * sigma, 0.04, -0.02) for sigma in SEEING]
+    basis = PsfBasis(reference_sigma(2.35 * np.array(SEEING)))
+    total = np.zeros((4, basis.n_parameters))
+    used = np.array([True, True, False, True])
+    stamps = psf_refinement._with_mean_shape([_stamp(sigma) for sigma in SEEING], wanted, basis, total, used)
+    np.testing.assert_array_equal(stamps[2], _stamp(SEEING[2]))
+    shapes = [fit_star(stamps[k][0, 0], radius=7) for k in np.flatnonzero(used)]
+    assert np.mean([shape.e1 for shape in shapes]) == pytest.approx(0.04, abs=5e-3)
+    assert np.mean([shape.e2 for shape in shapes]) == pytest.approx(-0.02, abs=5e-3)
+    ratios = [shape.sigma / sigma for shape, sigma in zip(shapes, np.array(SEEING)[used], strict=True)]
+    assert np.mean(ratios) == pytest.approx(1.02, abs=3e-3)
+    assert total[used].any(axis=1).all()
+    assert not total[2].any()
+
+
+def test_stars_that_fail_a_later_pass_keep_what_they_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+
+    class LosesItsStars(RefinementSky):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            passes.append(self.anchored)
+            if len(passes) == 2:
+                self.anchored, self.stars = False, self.stars[:0]
+
+    monkeypatch.setattr(psf_refinement, "RefinementSky", LosesItsStars)
+    refinement = refine_psfs(_visits(), LAYOUT, base_steps=30)
+    assert passes == [True, True]
+    assert refinement.anchored
+    assert len(refinement.stars) >= 5
 
 
 def _spoilt_visits(scale: float = 30.0) -> list[Observation]:

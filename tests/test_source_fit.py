@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import galsim
 import numpy as np
 import pytest
 from toy import gaussian_stars
 
+from lsst.coadd.deepprior.fitted_source import Source
+from lsst.coadd.deepprior.galaxy_profiles import MAX_INDEX, MIN_INDEX
 from lsst.coadd.deepprior.plain_coadd import Coadd
 from lsst.coadd.deepprior.psf import gaussian_stamp
-from lsst.coadd.deepprior.source_fit import SYSTEMATIC_FLOOR, SourceFit, fit_sources
+from lsst.coadd.deepprior.source_fit import SourceFit, fit_sources
 from lsst.coadd.deepprior.stamps import Stamp
 
 SHAPE, SEEING = (320, 290), 2.0
@@ -97,6 +101,37 @@ def test_positions_are_those_of_the_joint_solution() -> None:
         y + shifts[0], x + shifts[1], [], make_coadd(gaussian_stars((160, 150), stars, SEEING))
     )
     np.testing.assert_allclose([found.y, found.x], [y, x], atol=3e-4)
+
+
+@pytest.mark.parametrize("index", [MIN_INDEX, 1.4, MAX_INDEX])
+def test_derivative_by_the_index_is_that_of_the_profiles(index: float) -> None:
+    """Also at the limits, beyond which profiles do not change."""
+    coadd = make_coadd(np.zeros((90, 80)))
+    step = 0.02 if index == MIN_INDEX else -0.02
+    source = Source(40.3, 41.6, variance=2.0, log_index=np.log(index))
+    near = dataclasses.replace(source, log_index=source.log_index + step)
+    own = source.stamp(coadd)
+    expected = (near.stamp(coadd).array - own.array) / step
+    found = source.derivatives(coadd, own)[3].array
+    assert np.abs(expected).max() > 1e-4
+    np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+
+
+def test_what_is_at_a_limit_does_not_go_on() -> None:
+    """Both components of an ellipticity on either side; radii and indices where they are large."""
+    for outwards, held in (
+        ([1.0, -1.0, 1.0, 1.0], [True] * 4),
+        ([-1.0, 1.0, -1.0, -1.0], [False, True, True, False]),
+    ):
+        step = np.array(outwards)
+        far = Source(40.0, 41.0, shape=np.zeros(4))
+        for _ in range(20):
+            far, _ = far.moved(np.concatenate([[0.0, 0.0], step]), np.array([40.0, 41.0]), 2.0)
+        assert list(far.stuck(step, 2.0)) == held
+        assert not far.stuck(-step, 2.0).any()
+    for log_index, held in ((np.log(MIN_INDEX), False), (np.log(MAX_INDEX), True)):
+        found = Source(40.0, 41.0, variance=0.0, log_index=log_index).stuck(np.sign([-1.0, log_index]), 2.0)
+        assert list(found) == [False, held]
 
 
 def test_close_pairs_know_that_they_are_close() -> None:
@@ -222,7 +257,13 @@ def test_bad_input_nothing_and_others() -> None:
     image[other.slices] += 500.0 * other.array
     found = fit_sources(np.array([30.2]), np.array([24.9]), [other], make_coadd(image))
     np.testing.assert_allclose([found.flux[0], found.y[0], found.x[0]], [900.0, 30.0, 25.0], rtol=2e-3)
-    assert 0.0 < SYSTEMATIC_FLOOR <= 0.005
+    np.testing.assert_allclose(found.other_flux, [500.0], rtol=2e-3)
+    assert 0.5 < found.other_error[0] / (3.0 * np.sqrt(4.0 * np.pi)) < 2.0
+    image = np.zeros((70, 90))
+    image[other.slices] = 500.0 * other.array
+    alone = fit_sources(np.zeros(0), np.zeros(0), [other], make_coadd(image + 1.0))
+    np.testing.assert_allclose([*alone.other_flux, alone.sky], [500.0, 1.0], rtol=2e-3)
+    np.testing.assert_allclose(alone.other_error, found.other_error, rtol=0.1)
 
 
 @pytest.mark.parametrize(("snr", "radius"), [(60.0, 2.5), (100.0, 3.0)])

@@ -72,11 +72,11 @@ def restored_corrections(
     Returns
     -------
     restored : `dict` [`str`, `numpy.ndarray`, (cell_i, cell_j)]
-        The correction of the PSF flux under the name of each flux, and its error under the name of each
-        error; empty if the visits do not know them.
+        The correction of the PSF flux under the name of each flux, and its error, NaN if the visits do not
+        know it, under the name of each error; empty if they do not know the correction.
     """
     averages = average_corrections(corrections, weight)
     if _PSF_FLUX not in averages:
         return {}
-    error = averages.get(_PSF_FLUX + "Err", np.zeros(weight.shape[1:]))
+    error = averages.get(_PSF_FLUX + "Err", np.full(weight.shape[1:], np.nan))
     return {name: error if name.endswith("Err") else averages[_PSF_FLUX] for name in averages}

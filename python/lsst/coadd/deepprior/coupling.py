@@ -12,7 +12,9 @@ template,
 
 with :math:`c_{bo}` the typical flux ratio of the two bands in the patch, :math:`\omega_o` the share of o in
 the inverse variance of all others in the flux of band b, and :math:`f_o` the probability that the light of o
-is not of o alone, since some third band has it too. The data of band b then tell the colour of what lies
+is not of o alone, since some third band has it too. Bands with too little significant light in common for a
+ratio tell each other nothing: one that was assumed would make light of the deep band appear in the shallow
+one. The data of band b then tell the colour of what lies
 under the PSF: with d the significance that they have there (:math:`c N / \sigma_M`, see
 `~lsst.coadd.deepprior.statistics`) and E that of the template, the ratio :math:`\rho` of the two has the
 prior
@@ -78,7 +80,7 @@ _SIGNIFICANT = 5.0
 """Significance under the PSF, in both bands, of the pixels that tell the typical colour."""
 
 _FEWEST = 10
-"""Number of such pixels with fewer of which the bands are taken to have the same flux."""
+"""Number of such pixels with fewer of which the two bands are not coupled."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,7 +144,7 @@ class BandLight:
         return gaussian_smooth(weight * image, sigma) / gaussian_smooth(weight, sigma)
 
 
-def typical_ratio(one: BandLight, other: BandLight) -> float:
+def typical_ratio(one: BandLight, other: BandLight) -> float | None:
     """Return the median flux ratio of two bands where both have significant light.
 
     Parameters
@@ -152,14 +154,14 @@ def typical_ratio(one: BandLight, other: BandLight) -> float:
 
     Returns
     -------
-    ratio : `float`
-        Flux in ``one`` over that in ``other``, 1 if too little is significant.
+    ratio : `float` or `None`
+        Flux in ``one`` over that in ``other``, `None` if too little is significant.
     """
     own, carried = one.significance(one.latent), one.significance(other.latent)
     bright = (own > _SIGNIFICANT) & (other.significance(other.latent) > _SIGNIFICANT)
     bright &= carried > 0.0
     if int(bright.sum()) < _FEWEST:
-        return 1.0
+        return None
     return float((own[bright] / carried[bright]).median())
 
 
@@ -183,11 +185,14 @@ def _posterior(seen: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _templates(bands: Sequence[BandLight]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the light that its others let expect in each band, and their inverse variance in its flux."""
+    """Return the light that its others let expect in each band, and their inverse variance in its flux, 0 if
+    no ratio to any of them is known.
+    """
     light = [torch.zeros_like(band.latent) for band in bands]
     depth = [torch.zeros_like(band.latent) for band in bands]
     for place, source in enumerate(bands):
-        ratios = {n: typical_ratio(band, source) for n, band in enumerate(bands) if n != place}
+        others = {n: typical_ratio(band, source) for n, band in enumerate(bands) if n != place}
+        ratios = {n: ratio for n, ratio in others.items() if ratio is not None}
         absent: dict[int, torch.Tensor] = {}
         for n, ratio in ratios.items() if len(bands) > 2 else ():
             expected = bands[n].significance(ratio * source.latent)
@@ -204,7 +209,7 @@ def _templates(bands: Sequence[BandLight]) -> list[tuple[torch.Tensor, torch.Ten
     return [(a / b.clamp_min(tiny), b) for a, b in zip(light, depth, strict=True)]
 
 
-def coupled(bands: Sequence[BandLight]) -> list[PointSources]:
+def coupled(bands: Sequence[BandLight]) -> list[PointSources | None]:
     """Couple the restorations of the bands of a patch.
 
     Parameters
@@ -214,8 +219,9 @@ def coupled(bands: Sequence[BandLight]) -> list[PointSources]:
 
     Returns
     -------
-    restored : `list` [`~lsst.coadd.deepprior.point_sources.PointSources`]
-        The coupled latent image of each band, with the points in it.
+    restored : `list` [`~lsst.coadd.deepprior.point_sources.PointSources` or `None`]
+        The coupled latent image of each band, with the points in it; `None` for a band that stays as it is,
+        since it has too little light in common with each of the others.
 
     Raises
     ------
@@ -230,8 +236,11 @@ def coupled(bands: Sequence[BandLight]) -> list[PointSources]:
     ):
         if len(values) > 1:
             raise ValueError(f"The bands must have one {name}, but they have {sorted(values)}.")
-    result = []
+    result: list[PointSources | None] = []
     for band, (template, depth) in zip(bands, _templates(bands), strict=True):
+        if not depth.any():
+            result.append(None)
+            continue
         expected = band.significance(template)
         colour = band.smoothed(_posterior(band.seen, expected)[0], expected)
         light = colour * template

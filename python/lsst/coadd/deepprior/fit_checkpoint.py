@@ -61,7 +61,7 @@ def checkpoint_file(directory: str, data_id: Iterable[str | int]) -> Path:
 
 
 def inputs_digest(observations: Iterable[Observation]) -> str:
-    """Compute the SHA-256 of visits: pixels, PSFs, positions and names.
+    """Compute the SHA-256 of visits: pixels, noise images, PSFs, positions, steps of pixels and names.
 
     Parameters
     ----------
@@ -75,9 +75,11 @@ def inputs_digest(observations: Iterable[Observation]) -> str:
     """
     digest = hashlib.sha256()
     for one in observations:
-        digest.update(repr((one.name, one.origin, one.flux.shape, one.psf.shape)).encode())
-        for array in (one.flux, one.variance, one.good, one.psf):
-            digest.update(np.ascontiguousarray(array).data)
+        shapes = one.flux.shape, one.psf.shape
+        digest.update(repr((one.name, one.origin, one.sampling, *shapes, one.noise is None)).encode())
+        for array in (one.flux, one.variance, one.good, one.psf, one.noise):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

@@ -43,6 +43,9 @@ _AT_LIMIT = 1e-6
 
 _LOWEST = np.array([math.log(0.1), -1.2, -1.2, math.log(MIN_INDEX)])
 _HIGHEST = np.array([math.log(40.0), 1.2, 1.2, math.log(MAX_INDEX)])
+_HELD = np.array([-math.inf, -1.2, -1.2, -math.inf])
+"""Lower limits at which a shape stays in the last solution. Radii and indices go on there, as variances do
+below 0: what noise makes of points must not be wider in the mean."""
 
 _DIFFERENCE = 0.02
 _VARIANCE_DIFFERENCE = 0.2
@@ -108,8 +111,9 @@ class Source:
         elif self.variance is not None:
             wider = dataclasses.replace(self, variance=self.variance + _VARIANCE_DIFFERENCE)
             result.append(_difference(wider.stamp(coadd), own, _VARIANCE_DIFFERENCE))
-            other = dataclasses.replace(self, log_index=self.log_index - _DIFFERENCE)
-            result.append(_difference(other.stamp(coadd), own, -_DIFFERENCE))
+            change = _DIFFERENCE if self.log_index + _DIFFERENCE <= _HIGHEST[3] else -_DIFFERENCE
+            other = dataclasses.replace(self, log_index=self.log_index + change)
+            result.append(_difference(other.stamp(coadd), own, change))
         return result
 
     def shaped(self, variance: float) -> Source:
@@ -165,7 +169,8 @@ class Source:
         return np.array([widest**2, _HIGHEST[3]])
 
     def stuck(self, change: np.ndarray, limit: float) -> np.ndarray:
-        """Return which parameters besides flux and position are at their upper limits and would go on.
+        """Return which parameters besides flux and position are at their upper limits, or those of the
+        ellipticity at their lower ones, and would go on.
 
         Parameters
         ----------
@@ -185,7 +190,9 @@ class Source:
             present = np.array([self.variance, self.log_index])
         else:
             return np.zeros(0, dtype=bool)
-        return (present >= self._highest(limit) - _AT_LIMIT) & (change > 0.0)
+        lowest = -math.inf if self.shape is None else _HELD
+        above = (present >= self._highest(limit) - _AT_LIMIT) & (change > 0.0)
+        return above | ((present <= lowest + _AT_LIMIT) & (change < 0.0))
 
     def prior(self) -> tuple[np.ndarray, np.ndarray]:
         """Return how far the parameters besides flux and position are below the mean of the population, and

@@ -93,9 +93,13 @@ _COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
         for suffix, text in (
             (
                 "flux",
-                "Data within {} coadd_fwhm of the position, neighbours subtracted, no aperture correction.",
+                "Data within {} coadd_fwhm of the position, neighbours subtracted, no aperture correction; "
+                "pixels without data count with the source as it was fitted.",
             ),
-            ("flux_err", "Standard error of the flux within {} coadd_fwhm."),
+            (
+                "flux_err",
+                "Standard error of the flux within {} coadd_fwhm, for the part without data that of the fit.",
+            ),
         )
     },
     "ixx": (float, u.pix**2, "Adaptive second moment on the restored image, target PSF included, xx."),
@@ -231,7 +235,8 @@ def measure_sources(
     columns = _columns_of(pieces, templates, inputs)
     columns, stamps, sky = _with_profiles(columns, pieces, templates, inputs, settings)
     y, x = columns["y"], columns["x"]
-    columns |= _point_and_aperture_fluxes(y, x, stamps, columns["flux"], inputs.coadd.without(sky))
+    fitted = columns["flux"], columns["flux_err"]
+    columns |= _point_and_aperture_fluxes(y, x, stamps, *fitted, inputs.coadd.without(sky))
     columns["flux_sys_err"] = SYSTEMATIC_FLOOR * np.abs(columns["flux"])
     columns |= _core_flags(y, x, columns["coadd_fwhm"], inputs.coadd.good, inputs.planes)
     columns |= _places(y, x, columns["coadd_fwhm"], inputs)
@@ -316,7 +321,7 @@ def _with_profiles(
     extent[: len(pieces)] = [math.sqrt(np.count_nonzero(piece.array) / math.pi) for piece in pieces]
     found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd, extent=extent[seen])
     # A source that the model merged with a galaxy shows only when the galaxy has a profile of its own.
-    fitted = render(found.stamps, found.flux, coadd.shape)
+    fitted = render([*found.stamps, *unseen], np.append(found.flux, found.other_flux), coadd.shape)
     late = _missed(fitted, coadd.without(found.sky), _doubtful(inputs, settings), settings)
     late = [point for point in late if _apart(point, found.y, found.x, coadd)]
     if late:
@@ -337,8 +342,8 @@ def _with_profiles(
         ("x", found.x),
         ("y_err", found.y_err),
         ("x_err", found.x_err),
-        ("flux", found.flux),
-        ("flux_err", found.error),
+        ("flux", np.append(found.flux, found.other_flux)),
+        ("flux_err", np.append(found.error, found.other_error)),
         ("flux_template_err", found.shape_error),
         ("flux_confusion_err", found.confusion_error),
         ("flag_extended", found.extended),
@@ -426,7 +431,12 @@ def _around(image: np.ndarray, good: np.ndarray, fwhm: float) -> np.ndarray:
 
 
 def _point_and_aperture_fluxes(
-    y: np.ndarray, x: np.ndarray, templates: Sequence[Stamp], flux: np.ndarray, coadd: Coadd
+    y: np.ndarray,
+    x: np.ndarray,
+    templates: Sequence[Stamp],
+    flux: np.ndarray,
+    flux_err: np.ndarray,
+    coadd: Coadd,
 ) -> dict[str, np.ndarray]:
     """Measure PSF fluxes (one joint fit) and aperture fluxes (neighbours subtracted) at given positions."""
     n = len(templates)
@@ -441,15 +451,17 @@ def _point_and_aperture_fluxes(
 
     excess = {width: _aperture_excess(coadd, width) for width in np.unique(scale)}
     left = np.where(coadd.good, coadd.image - render(templates, flux, coadd.shape), 0.0)
+    unseen = np.zeros(coadd.shape)
     sums = np.full((n, len(APERTURES), 2), np.nan)
     for k, own in enumerate(templates):
+        circles = *np.tile([[x[k]], [y[k]]], len(APERTURES)), scale[k] * np.array(APERTURES)
         left[own.slices] += flux[k] * own.array
-        centres = np.tile([[x[k]], [y[k]]], len(APERTURES))
-        total, error, _ = sep.sum_circle(
-            left, *centres, scale[k] * np.array(APERTURES), var=coadd.variance, mask=~coadd.good, subpix=0
-        )
+        total, noise, _ = sep.sum_circle(left, *circles, var=coadd.variance, subpix=0)
         left[own.slices] -= flux[k] * own.array
-        sums[k] = np.transpose([total, error * np.sqrt(excess[scale[k]])])
+        unseen[own.slices] = np.where(coadd.good[own.slices], 0.0, own.array)
+        part, _, _ = sep.sum_circle(unseen, *circles, subpix=0)
+        unseen[own.slices] = 0.0
+        sums[k] = np.transpose([total, np.hypot(noise * np.sqrt(excess[scale[k]]), part * flux_err[k])])
     for a in range(len(APERTURES)):
         columns[f"ap{a + 1}_flux"], columns[f"ap{a + 1}_flux_err"] = sums[:, a].T
     return columns

@@ -30,6 +30,7 @@ from .noise import coadd_layers, local_variance
 from .noise_correlation import visit_correlations
 from .observation import Observation
 from .operators import CellLayout
+from .patch_data import NothingToRestoreError
 from .psf import target_sigma
 from .psf_check import InjectedStars, injected_latent, measure_leakage, place_stars
 from .restore import Restoration, assemble, restore
@@ -84,6 +85,8 @@ def restore_bands(
 
     Raises
     ------
+    NothingToRestoreError
+        Raised if no visit has a PSF.
     ValueError
         Raised if there is no band or a band has no visit, and by `~lsst.coadd.deepprior.restore.restore`, as
         are other errors.
@@ -126,7 +129,10 @@ def _of_band(progress: Progress | None, band: str) -> Progress | None:
 def _common_sigma(observations: Mapping[str, Sequence[Observation]]) -> float:
     """Return the sigma in pixels of the default target PSF of all bands."""
     seeing = np.array([visit.seeing() for visits in observations.values() for visit in visits])
-    return target_sigma(seeing[np.isfinite(seeing)])
+    seeing = seeing[np.isfinite(seeing)]
+    if len(seeing) == 0:
+        raise NothingToRestoreError("No visit of any band of the patch has a PSF in any cell.")
+    return target_sigma(seeing)
 
 
 def _finished(
@@ -168,10 +174,14 @@ def _finished(
 
 
 def _coupled_patches(fitted: Mapping[str, FittedPatch]) -> list[FittedPatch]:
-    """Return the patches of all bands with the latent images and points that coupling gives them."""
+    """Return the patches of all bands, those that are coupled with the latent images and points that this
+    gives them.
+    """
     points = coupled([BandLight(patch.data, patch.sets, patch.points.latent) for patch in fitted.values()])
     return [
-        dataclasses.replace(
+        patch
+        if own is None
+        else dataclasses.replace(
             patch,
             points=own,
             method=f"{patch.method}, coupled with {', '.join(other for other in fitted if other != band)}",
@@ -250,7 +260,10 @@ def _restored_draw(
     for place, (patch, latent) in enumerate(zip(patches, latents, strict=True)):
         noisy, again = patch.drawn(latent, _seed_of(seed, place), correlations[place])
         lights.append(BandLight(noisy, patch.sets, again))
-    return [own.latent for own in coupled(lights)]
+    return [
+        light.latent if own is None else own.latent
+        for light, own in zip(lights, coupled(lights), strict=True)
+    ]
 
 
 def _common_stars(
@@ -262,8 +275,8 @@ def _common_stars(
     """
     lights = [BandLight(patch.data, patch.sets, patch.points.latent) for patch in patches]
     depths = [_point_depth(patch) for patch in patches]
-    # In the fluxes of the first band.
-    ratios = [typical_ratio(light, lights[0]) for light in lights]
+    # In the fluxes of the first band; where the data tell no ratio, stars have the same flux.
+    ratios = [typical_ratio(light, lights[0]) or 1.0 for light in lights]
     expected = [ratio * depth for ratio, depth in zip(ratios, depths, strict=True)]
     least = int(np.argmin(expected))
     brightest = np.max([image * ratios[least] / r for image, r in zip(images, ratios, strict=True)], axis=0)

@@ -59,10 +59,11 @@ _LARGEST_STEP = 0.5
 _MEAN_PASSES = 2
 
 _LARGE_CHANGE = 0.1
+"""Relative change of the FWHM above which a visit is flagged."""
 
 _UNCERTAIN = 0.01
-"""Relative change and relative error of the FWHM from which a visit is flagged. The error is that without
-what the other visits tell: that their PSFs were right says little of one that has no stars."""
+"""Relative error of the FWHM above which a visit is flagged, with the widths of the prior of the start: that
+the PSFs of the others were right says little of one without stars."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class PsfRefinement:
     Parameters
     ----------
     stamps : `list` [`numpy.ndarray`, (cell_i, cell_j, k, k)]
-        PSFs of the visits: non-negative, of unit sum, centred like those that were given.
+        PSFs of the visits: of unit sum, centred like those that were given, and nowhere more negative.
     flux_scale : `numpy.ndarray`, (visit,)
         Flux of a visit over that of the mean visit; its mean is 1.
     shift : `numpy.ndarray`, (visit, 2)
@@ -89,7 +90,7 @@ class PsfRefinement:
         Standard errors of the FWHM, relatively, and of a component of the ellipticity, from the noise and
         the prior that was learned from all visits; NaN without stars.
     own_fwhm_error : `numpy.ndarray`, (visit,)
-        That of the FWHM from the visit itself, without what the others tell of it; NaN without stars.
+        That of the FWHM with the prior of the start, not with what the others tell of it; NaN without stars.
     before, after : `list` [`~lsst.coadd.deepprior.psf.StarFit`]
         Gaussians fitted to the PSFs in the middle one of the cells, as given and as refined.
     """
@@ -195,6 +196,7 @@ def refine_psfs(
     *,
     blind: bool = False,
     base_steps: int = 100,
+    target_fwhm: float | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[str, int, int, float], None] | None = None,
 ) -> PsfRefinement:
@@ -210,6 +212,9 @@ def refine_psfs(
         Take no more from the PSFs of the visits than their FWHM, as a guess of the seeing.
     base_steps : `int`, optional
         Steps of maximum likelihood in each pass.
+    target_fwhm : `float`, optional
+        FWHM in pixels of the PSF of the sky in between, that of the restoration; by default what
+        `~lsst.coadd.deepprior.psf.target_sigma` chooses.
     device : `torch.device` or `str`, optional
         Where to compute.
     progress : `~collections.abc.Callable`, optional
@@ -225,8 +230,8 @@ def refine_psfs(
     NothingToRestoreError
         Raised if no visit has a good pixel in a cell with a PSF.
     ValueError
-        Raised if a visit does not fit the layout or is on finer pixels than its own, or ``base_steps`` is not
-        positive.
+        Raised if a visit does not fit the layout or is on finer pixels than its own, if ``base_steps`` is not
+        positive, or by `~lsst.coadd.deepprior.psf.target_sigma`.
     """
     if base_steps < 1:
         raise ValueError(f"base_steps must be at least 1, not {base_steps}.")
@@ -244,7 +249,7 @@ def refine_psfs(
         raise NothingToRestoreError("No visit of the patch has a PSF in any cell.")
     stamps = [blind_stamps(psf) for psf in given] if blind else given
     seeing = seeing[np.isfinite(seeing)]
-    sigma = target_sigma(seeing)
+    sigma = target_sigma(seeing, target_fwhm)
     basis = PsfBasis(reference_sigma(seeing))
     n_visits = len(observations)
     nothing = np.full(n_visits, np.nan)

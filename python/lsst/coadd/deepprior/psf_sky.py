@@ -38,7 +38,8 @@ _REACH = 1.75
 """Radius in median FWHM around a star within which it tells the PSF."""
 
 _NEIGHBOUR = 0.05
-"""Brightest peak within the reach of a star, over that of the star, with which it counts as alone."""
+"""Flux of a point, or brightest peak of other light, within the reach of a star, over that of the star, with
+which it does not count as alone."""
 
 _LOCUS = 0.02
 """Scatter of the shapes of stars that is taken for one, in relative second moments."""
@@ -121,31 +122,31 @@ class RefinementSky:
     def _candidates(self, points: PointSources) -> np.ndarray:
         """Return y, x and flux of the points that are bright and alone, (candidate, 3)."""
         data = self.data
-        found = np.column_stack([points.y, points.x, points.flux])
+        every = np.column_stack([points.y, points.x, points.flux])
         margin, (ny, nx) = data.margin, data.layout.shape
         power = data.gram_kernel()
         half = power.shape[-1] // 2
         # For a point the kernel of A holds the inner kernel too, so this is somewhat less than its S/N.
         information = data.pixel_weight(power[..., half, half].cpu().numpy())
-        rows, columns = (np.rint(found[:, k]).astype(int) - margin for k in (0, 1))
-        inside = (rows >= 0) & (rows < ny) & (columns >= 0) & (columns < nx)
-        found, rows, columns = found[inside], rows[inside], columns[inside]
-        found = found[found[:, 2] * np.sqrt(information[rows, columns]) > MIN_SNR]
+        rows, columns = (np.rint(every[:, k]).astype(int) - margin for k in (0, 1))
+        inside = np.flatnonzero((rows >= 0) & (rows < ny) & (columns >= 0) & (columns < nx))
+        snr = every[inside, 2] * np.sqrt(information[rows[inside], columns[inside]])
+        bright = inside[snr > MIN_SNR]
+        found = every[bright]
         if len(found) == 0:
             return found
-        rest = self.latent - self._drawn(np.column_stack([points.y, points.x, points.flux]))
+        rest = self.latent - self._drawn(every)
         image = inner_smooth(rest, data.sigma).cpu().numpy()
         peaks = np.argwhere((image == scipy.ndimage.maximum_filter(image, 5)) & (image > 0.0))
-        all_points = np.column_stack([points.y, points.x])
         height = float(gaussian_stamp(data.sigma).max())
         alone = np.ones(len(found), dtype=bool)
         near = scipy.spatial.cKDTree(found[:, :2])
         for peak, value in zip(peaks, image[tuple(peaks.T)], strict=True):
             for k in near.query_ball_point(peak, self.reach):
                 alone[k] &= value < _NEIGHBOUR * height * found[k, 2]
-        for point, flux in zip(all_points, points.flux, strict=True):
-            for k in near.query_ball_point(point, self.reach):
-                alone[k] &= flux <= found[k, 2]
+        for number, (y, x, flux) in enumerate(every):
+            for k in near.query_ball_point((y, x), self.reach):
+                alone[k] &= number == bright[k] or flux < _NEIGHBOUR * found[k, 2]
         return found[alone]
 
     def _drawn(self, stars: np.ndarray) -> torch.Tensor:

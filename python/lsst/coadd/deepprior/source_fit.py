@@ -65,7 +65,7 @@ _MISFIT = 3.0
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SourceFit:
-    """Result of `fit_sources`; all arrays have the shape (source,), with pairs counted as two sources.
+    """Result of `fit_sources`; arrays have the shape (source,), with pairs counted as two sources.
 
     Parameters
     ----------
@@ -92,6 +92,8 @@ class SourceFit:
     sky : `float`
         Mean of what is no source, in nJy a pixel: sources too faint to be found, and what the sky subtraction
         left. The fluxes are above it.
+    other_flux, other_error : `numpy.ndarray`, (other,)
+        Fluxes of the sources without data under their PSF, in nJy, and their standard errors.
     """
 
     flux: np.ndarray
@@ -107,6 +109,8 @@ class SourceFit:
     stamps: list[Stamp]
     states: list[Source]
     sky: float
+    other_flux: np.ndarray
+    other_error: np.ndarray
 
 
 def fit_sources(
@@ -131,17 +135,16 @@ def fit_sources(
     are left alone while others move. A prior of the population of shapes decides what the data leave open.
     What two points fit better than one galaxy (`~lsst.coadd.deepprior.pairs.fit_pair`) becomes two sources,
     and what shares light with them is fitted once more. At the end all parameters are solved for together,
-    so that the errors of fluxes hold what is not known of positions and shapes. Radii and indices at their
-    upper limits stay there: a solution that went on in a straight line would be that of no profile. Their
-    errors are as if they were free.
+    so that the errors of fluxes hold what is not known of positions and shapes. Ellipticities at their
+    limits, and radii and indices at their upper ones, stay there: a solution that went on in a straight line
+    would be that of no profile. Their errors are as if they were free.
 
     Parameters
     ----------
     y, x : `numpy.ndarray`, (source,)
         Positions to start from, in the array of the patch.
     others : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.stamps.Stamp`]
-        Sources without data under their PSF, as they are, of unit flux; only their fluxes are fitted, behind
-        those of the others, and not returned.
+        Sources without data under their PSF, as they are, of unit flux; only their fluxes are fitted.
     coadd : `~lsst.coadd.deepprior.plain_coadd.Coadd`
         Data and noise.
     known : `SourceFit`, optional
@@ -165,9 +168,14 @@ def fit_sources(
     extent = np.full(len(y), np.inf) if extent is None else extent
     sources = [Source(float(a), float(b), extent=float(c)) for a, b, c in zip(y, x, extent, strict=True)]
     if not sources:
-        none = np.zeros(0)
-        nothing = np.zeros(0, dtype=int)
-        return SourceFit(none, none, none, none, none, none, none, none, nothing > 0, nothing, [], [], 0.0)
+        none, nothing = np.zeros(0), np.zeros(0, dtype=int)
+        flux, errors, sky = none, none, 0.0
+        if len(others):
+            fit = JointFit.of(others, coadd)
+            (flux, sky), errors = _above_sky(fit, others, coadd), fit.errors()
+        return SourceFit(
+            none, none, none, none, none, none, none, none, nothing > 0, nothing, [], [], sky, flux, errors
+        )
     points = [s.stamp(coadd) for s in sources]
     extended, flux = _classify(sources, points, others, coadd)
     parent, fresh = np.arange(len(sources)), np.ones(len(sources), dtype=bool)
@@ -367,6 +375,8 @@ class _Model:
             stamps=self._own,
             states=sources,
             sky=sky,
+            other_flux=solution[first[-1] :],
+            other_error=errors[first[-1] :],
         )
 
 

@@ -92,7 +92,7 @@ def restore_on_node(
         kept = open_checkpoint(config, log, inputs_digest(observations), settings, checkpoint)
 
     def restore_on(device: str, progress: Progress, batches: Batches) -> tuple[Any, Any]:
-        visits, refinement = refined_observations(config, observations, layout, device, progress)
+        visits, refinement = refined_observations(config, observations, layout, settings, device, progress)
         restoration = restore(
             visits,
             layout,
@@ -168,6 +168,7 @@ def refined_observations(
     config: DeepPriorCoaddConfig,
     observations: Sequence[Observation],
     layout: CellLayout,
+    settings: RestoreSettings,
     device: str,
     progress: Progress,
 ) -> tuple[Sequence[Observation], PsfRefinement | None]:
@@ -179,6 +180,8 @@ def refined_observations(
         What is known of the PSFs.
     observations, layout, device, progress
         As in `~lsst.coadd.deepprior.psf_refinement.refine_psfs`.
+    settings : `~lsst.coadd.deepprior.fitted_patch.RestoreSettings`
+        The target PSF of the restoration.
 
     Returns
     -------
@@ -192,7 +195,12 @@ def refined_observations(
     if config.psf_mode == "known":
         return observations, None
     refinement = refine_psfs(
-        observations, layout, blind=config.psf_mode == "blind", device=device, progress=progress
+        observations,
+        layout,
+        blind=config.psf_mode == "blind",
+        target_fwhm=settings.target_fwhm,
+        device=device,
+        progress=progress,
     )
     return CorrectedObservations(observations, refinement), refinement
 

@@ -214,7 +214,7 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
 
         def restore_on(device: str, progress: Progress, batches: Batches) -> tuple[Any, Any]:
             visits = {
-                band: refined_observations(self.config, one.observations, layout, device, progress)
+                band: refined_observations(self.config, one.observations, layout, settings, device, progress)
                 for band, one in inputs.items()
             }
             restorations = restore_bands(
