@@ -16,8 +16,8 @@ import torch.nn.functional
 def box_maximum(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Return the largest value in the box around every pixel.
 
-    A box of n pixels takes some log2(n) maxima of two images along each axis, which is ten times faster than
-    the pooling of torch.
+    A box of n pixels takes some log2(n) maxima of two images along each axis, which is faster than the
+    pooling of torch.
 
     Parameters
     ----------

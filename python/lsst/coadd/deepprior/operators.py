@@ -275,7 +275,7 @@ class CellConvolution:
 def _fast_length(least: int) -> int:
     """Return the length of an FFT, not below some length, that takes least time.
 
-    Odd lengths, and those with few factors of 2, take up to twice the time of somewhat larger ones.
+    Odd lengths, and those with few factors of 2, take longer than somewhat larger ones.
     """
     powers = (16 * 2**n for n in range(max(least, 1).bit_length()))
     return min(odd * power for power, odd in itertools.product(powers, _ODD_PARTS) if odd * power >= least)
