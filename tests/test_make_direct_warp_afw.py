@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("lsst.drp.tasks.make_direct_warp")
 
-from test_direct_warps_afw import (
+from afw_scene import (
     CORRECTION,
     LEFT,
     NOISE,
