@@ -18,7 +18,7 @@ from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.point_sources import PointSources, point_sources
-from lsst.coadd.deepprior.point_templates import point_latent
+from lsst.coadd.deepprior.point_templates import point_latent, point_templates
 from lsst.coadd.deepprior.psf import fit_star, gaussian_stamp
 
 LAYOUT = CellLayout(2, 1, 40, 70)
@@ -300,3 +300,34 @@ def test_point_is_the_target_however_wide(sigma: float) -> None:
     image = inner_smooth(wide, sigma).numpy()
     expected = gaussian_stamp(sigma, image.shape[0], dx=-0.4, dy=0.3)
     assert np.abs(image - expected).max() < 2e-3 * expected.max()
+
+
+def test_normal_matrices_are_products_of_the_templates() -> None:
+    """Against A applied to the templates; each cell has a PSF of its own."""
+    layout = CellLayout(2, 3, 60, 64)
+    visits = observe(layout, [], SEEING, seed=2)
+    for visit in visits:
+        for i, j in np.ndindex(2, 3):
+            visit.psf[i, j] = gaussian_stamp(1.5 + 0.3 * i + 0.2 * j, visit.psf.shape[-1])
+    data = PatchData(visits, layout, SIGMA, margin=MARGIN)
+    sets = data.sets()
+    canvas = module._Canvas(data, sets, torch.zeros(data.shape))
+    # The last two are near enough to each other to be fitted together, in the middle of their cell.
+    x, y = np.array([(31.2, 28.9), (160.4, 27.7), (95.3, 91.4), (98.1, 89.6)]).T + MARGIN
+    points = np.column_stack([[500.0, 800.0, 300.0, 900.0], x, y])
+    gradient = np.random.default_rng(3).normal(size=data.shape)
+    equations = module._Equations(canvas, points, gradient, np.ones(data.shape))
+    for members in ([0], [1], [2, 3], [3, 2]):
+        images = np.zeros((len(members), 6, *data.shape), dtype=np.float32)
+        for image, template in zip(images, point_templates(SIGMA, points[members]), strict=True):
+            for part, values in zip(image, template.images, strict=True):
+                template._replace(images=values).cut(part)[...] = values
+        flat = images.reshape(-1, *data.shape)
+        seen = sets.gram.forward(torch.as_tensor(flat)[:, None])[:, 0].numpy()
+        matrix, right = equations.of(np.array(members))
+        expected = np.einsum("ayx,byx->ab", flat, seen)
+        scale = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
+        np.testing.assert_allclose(matrix.reshape(expected.shape) / scale, expected / scale, atol=1e-3)
+        np.testing.assert_allclose(
+            right.ravel(), np.einsum("ayx,yx->a", flat, gradient), rtol=1e-3, atol=1e-3
+        )
