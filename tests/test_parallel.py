@@ -8,8 +8,13 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 
 import pytest
+import torch
+
+from lsst.coadd.deepprior.parallel import in_parallel
 
 SCRIPT = """
 import numpy as np
@@ -81,6 +86,48 @@ def test_memory_that_work_on_a_visit_has_freed_is_given_back() -> None:
     first, second, third = _printed(PASS)
     assert second - first < 2**24
     assert third - second < 1.5 * 2**25
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_the_thread_that_calls_works_with_the_others() -> None:
+    """Nobody passes the barrier before three are at it."""
+    barrier, done = threading.Barrier(3, timeout=60.0), []
+
+    def work(part: int) -> None:
+        barrier.wait()
+        done.append((part, threading.get_ident(), torch.get_num_threads()))
+
+    in_parallel(work, range(9), torch.zeros(1))
+    parts, threads, operations = zip(*done, strict=True)
+    assert sorted(parts) == list(range(9))
+    assert len(set(threads)) == 3
+    assert threading.get_ident() in threads
+    assert set(operations) == {1}
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("error", [ValueError, IndexError])
+def test_errors_of_a_part_are_raised_whoever_has_it(error: type[Exception]) -> None:
+    for here in (True, False):
+        barrier = threading.Barrier(3, timeout=60.0)
+
+        def work(part: int, here: bool = here, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            if here == (threading.current_thread() is threading.main_thread()):
+                raise error("of a part")
+
+        with pytest.raises(error, match="of a part"):
+            in_parallel(work, range(3), torch.zeros(1))
+        assert torch.get_num_threads() == 3
 
 
 def _printed(script: str) -> list[float]:

@@ -20,12 +20,13 @@ __all__ = (
     "use_threads",
 )
 
+import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -46,6 +47,8 @@ _left_resident = 0
 def in_parallel[T](function: Callable[[T], None], parts: Sequence[T], like: torch.Tensor) -> None:
     """Call a function for parts that do not depend on each other, on as many threads as torch has.
 
+    The thread that calls takes parts like the others, so that small ones do not wait for another to wake up.
+
     Parameters
     ----------
     function : `~collections.abc.Callable`
@@ -56,18 +59,45 @@ def in_parallel[T](function: Callable[[T], None], parts: Sequence[T], like: torc
         A tensor of the computation; elsewhere than on a CPU, or where it has a gradient, parts come one by
         one.
     """
-    n_threads = _asked[-1] if _asked else torch.get_num_threads()
-    if n_threads == 1 or len(parts) == 1 or like.device.type != "cpu" or like.requires_grad:
+    n_threads = min(_asked[-1] if _asked else torch.get_num_threads(), len(parts))
+    if n_threads <= 1 or like.device.type != "cpu" or like.requires_grad:
         for part in parts:
             function(part)
         return
+    waiting = collections.deque(parts)
 
-    def one(part: T) -> None:
+    def take() -> None:
         with torch.no_grad():
-            function(part)
+            while waiting:
+                try:
+                    part = waiting.popleft()
+                except IndexError:
+                    return
+                function(part)
 
-    for future in [_threads(n_threads, os.getpid()).submit(one, part) for part in parts]:
-        future.result()
+    helpers = [_threads(n_threads - 1, os.getpid()).submit(take) for _ in range(n_threads - 1)]
+    try:
+        with _operations_on_one_thread():
+            take()
+    finally:
+        waiting.clear()
+        begun = [helper for helper in helpers if not helper.cancel()]
+        concurrent.futures.wait(begun)
+    for helper in begun:
+        helper.result()
+
+
+@contextlib.contextmanager
+def _operations_on_one_thread() -> Iterator[None]:
+    """Have torch's operations in this thread not divided further."""
+    before = torch.get_num_threads()
+    if before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if before > 1:
+            torch.set_num_threads(before)
 
 
 def use_threads(n_threads: int) -> None:
@@ -116,10 +146,12 @@ def by_rows(function: Callable[..., object], *images: torch.Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _threads(n_threads: int, process: int) -> ThreadPoolExecutor:
-    """Return threads in which torch's operations are not divided further."""
+def _threads(n_threads: int, process: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Return other threads, in which torch's operations are not divided further."""
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(n_threads, "deepprior", initializer=torch.set_num_threads, initargs=(1,))
+    pool = concurrent.futures.ThreadPoolExecutor(
+        n_threads, "deepprior", initializer=torch.set_num_threads, initargs=(1,)
+    )
     for future in [pool.submit(torch.get_num_threads) for _ in range(4 * n_threads)]:
         future.result()
     # The last call counts for threads that begin later.
