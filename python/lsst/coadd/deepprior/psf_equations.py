@@ -21,8 +21,9 @@ from .psf_sky import RefinementSky
 _INFORMED = 1.0 / 3.0
 """Largest error of a shape parameter, over the width of its prior, with which other light is trusted."""
 
-_PRIOR_STEPS = 8
-"""Steps in which the widths of the prior are learned."""
+_PRIOR_STEPS = 100
+"""Steps of expectation maximisation in which the widths of the prior are learned: where PSFs are right they
+go to zero, but slowly."""
 
 
 class VisitEquations(NamedTuple):
@@ -118,35 +119,29 @@ def solve_equations(
     n = len(start)
     used = [k for k, one in enumerate(equations) if one is not None]
     step, covariance = np.zeros((len(equations), n)), np.zeros((len(equations), n, n))
-    present = [one for one in equations if one is not None]
+    own, cross, shared, own_right, common_right = (
+        np.array(arrays) for arrays in zip(*(one for one in equations if one is not None), strict=True)
+    )
+    # Other light alone hardly tells some common corrections.
+    weak = 1e-9 * np.eye(n) + 1e-6 * np.diag(np.maximum(np.diagonal(shared.sum(axis=0)), 1.0))
     width = start.copy()
     held = start > 0.0
     known = np.ones(n, dtype=bool)
-    unlearned = np.zeros_like(covariance)
     for number in range(_PRIOR_STEPS):
         precision = np.zeros(n)
         precision[held] = width[held] ** -2.0
-        inverses = [np.linalg.inv(one.own + np.diag(precision + 1e-12)) for one in present]
-        rights = [
-            one.own_right - precision * before for one, before in zip(present, total[used], strict=True)
-        ]
-        schur = 1e-9 * np.eye(n)
-        right = np.zeros(n)
-        for one, inverse, own_right in zip(present, inverses, rights, strict=True):
-            schur += one.common - one.cross.T @ inverse @ one.cross
-            right += -one.common_right + one.cross.T @ inverse @ own_right
-        schur += np.diag(1e-6 * np.maximum(sum(np.diagonal(one.common) for one in present), 1.0))
-        schur_inverse = np.linalg.inv(schur)
-        common = schur_inverse @ right
-        for k, one, inverse, own_right in zip(used, present, inverses, rights, strict=True):
-            step[k] = inverse @ (own_right + one.cross @ common)
-            spread = inverse @ one.cross
-            covariance[k] = inverse + spread @ schur_inverse @ spread.T
+        inverse = np.linalg.inv(own + np.diag(precision + 1e-12))
+        right = own_right - precision * total[used]
+        spread = inverse @ cross
+        schur = np.linalg.inv(weak + (shared - cross.mT @ spread).sum(axis=0))
+        common = schur @ (np.einsum("kij,ki->j", spread, right) - common_right.sum(axis=0))
+        step[used] = np.einsum("kij,kj->ki", inverse, right + cross @ common)
+        covariance[used] = inverse + spread @ schur @ spread.mT
         if number == 0:
-            unlearned[...] = covariance
+            unlearned = covariance.copy()
         if not anchored:
             # What other light hardly tells is left as it is.
-            error = np.median([np.sqrt(np.diagonal(inverse)) for inverse in inverses], axis=0)
+            error = np.median(np.sqrt(np.diagonal(inverse, axis1=1, axis2=2)), axis=0)
             known &= (np.arange(n) <= BACKGROUND) | (error < _INFORMED * start)
         moved = total[used] + step[used]
         width = np.sqrt(np.mean(moved**2 + np.diagonal(covariance[used], axis1=1, axis2=2), axis=0))
