@@ -45,8 +45,8 @@ CELLS = {512: 4, 1024: 8, 3400: 20}
 DISTINCT = 16
 """Number of visits that are simulated; more are copies under other numbers, with the same cost."""
 
-PEERS = ("coadd", "richardson_lucy", "starlet", "coadd_deconvolution", "starred")
-"""Methods of `methods` to compare with."""
+PEERS = tuple(speed_report.PEERS)
+"""Methods to compare with."""
 
 MODULES = ("restore", "weights", "warp_streams", "coadd", "execution", "deep_prior_coadd", "measure")
 """Modules whose code makes the quanta."""
@@ -166,7 +166,7 @@ def script(name: str, *arguments: object) -> dict[str, Any]:
 
 def able(peer: str) -> bool:
     """Return whether a method can be run here."""
-    return all(path.exists() for path in METHODS[peer].files)
+    return peer not in METHODS or all(path.exists() for path in METHODS[peer].files)
 
 
 @click.command(help=__doc__)
