@@ -99,6 +99,18 @@ def test_psf_is_inexact_where_the_residual_is_significant(pair: tuple[CellCoadd,
     np.testing.assert_array_equal(inexact[clear], expected[clear])
 
 
+def test_significance_of_the_residual_knows_that_noise_is_correlated(
+    pair: tuple[CellCoadd, CellCoadd],
+) -> None:
+    """Blocks of equal pixels have four times the variance of white noise: 5 sigma are 2.5."""
+    plain = plain_of(*pair)
+    reach = 1.0 - 0.5 * np.abs(np.arange(-1, 2))
+    inexact = make_measure_coadd(*pair, plain.correlated(np.outer(reach, reach))).mask.get("INEXACT_PSF")
+    assert plain.noise_excess(plain.psf[0, 0]) == 1.0
+    for (x, y), snr in SNR.items():
+        assert not inexact[int(y), int(x)], snr
+
+
 def test_image_variance_and_noise_are_sums(pair: tuple[CellCoadd, CellCoadd]) -> None:
     coadd, residual = pair
     both = make_measure_coadd(coadd, residual, plain_of(coadd, residual))

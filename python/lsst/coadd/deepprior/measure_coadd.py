@@ -51,7 +51,7 @@ def make_measure_coadd(coadd: CellCoadd, residual: CellCoadd, plain: Coadd) -> C
     if coadd.bbox != residual.bbox or plain.shape != tuple(coadd.bbox.shape):
         raise ValueError(f"The restored image covers {coadd.bbox}, the residual {residual.bbox}.")
     layer = np.where(plain.good, residual.image.array, 0.0)
-    scale = np.sqrt(np.maximum(plain.matched, np.finfo(float).tiny))
+    scale = plain.matched / np.sqrt(np.maximum(plain.information, np.finfo(float).tiny))
     matters = np.abs(plain.correlate(plain.weight * layer, power=1)) > _MATTERS * scale
     mask = coadd.mask.copy()
     for name in mask.schema.names:
