@@ -37,6 +37,19 @@ def test_galaxies_are_those_of_galsim(index: float, radius: float, ratio: float,
     assert abs(drawn.sum() - expected.sum()) < 0.01
 
 
+@pytest.mark.parametrize(("index", "radius"), [(1.0, 25.0), (4.0, 10.0)])
+def test_light_beyond_the_stamp_does_not_come_back(index: float, radius: float) -> None:
+    accurate = galsim.GSParams(folding_threshold=1e-4, maximum_fft_size=16384)
+    profile = galsim.Sersic(n=index, half_light_radius=radius, gsparams=accurate)
+    seen = galsim.Convolve(profile, galsim.Gaussian(sigma=SEEING))
+    expected = seen.drawImage(nx=61, ny=61, scale=1.0, method="no_pixel", dtype=float).array
+    shape = GalaxyShape(math.log(radius), 0.0, 0.0, math.log(index))
+    drawn = galaxy_stamp(gaussian_stamp(SEEING, 33), shape, dy=0.0, dx=0.0, size=61)
+    assert expected.sum() < 0.9
+    assert drawn.sum() == pytest.approx(expected.sum(), abs=5e-3)
+    np.testing.assert_allclose(drawn, expected, rtol=0.0, atol=2e-3 * expected.max())
+
+
 def test_a_tiny_galaxy_is_a_point() -> None:
     psf = gaussian_stamp(SEEING, 33)
     drawn = galaxy_stamp(psf, GalaxyShape(math.log(1e-3), 0.0, 0.0, 0.0), dy=0.0, dx=0.0, size=35)

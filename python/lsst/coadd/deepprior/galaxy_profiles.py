@@ -29,6 +29,10 @@ _FINE = np.linspace(0.0, math.log1p(4.0 * _WAVE_NUMBERS[-1]), 1000)
 """Logarithms of 1 + 4 wave numbers between which a transform is interpolated linearly."""
 
 
+_WINGS = 8.0
+"""Half-light radii beyond a stamp of which nothing is seen in it: periodic repetitions are that far away."""
+
+
 class GalaxyShape(NamedTuple):
     r"""Shape of a galaxy of concentric elliptical isophotes.
 
@@ -97,14 +101,14 @@ def galaxy_stamp(psf: np.ndarray, shape: GalaxyShape, dy: float, dx: float, size
         raise ValueError(
             f"The PSF must be square and odd, and the stamp odd and not smaller, not {psf.shape} and {size}."
         )
+    radius = np.exp(shape.log_radius)
     # Light that leaves the stamp on one side must not enter it on the other.
-    wide = scipy.fft.next_fast_len(size + k, real=True)
+    wide = scipy.fft.next_fast_len(size + k + math.ceil(_WINGS * radius), real=True)
     ky, kx = (2.0 * np.pi * f for f in (scipy.fft.fftfreq(wide)[:, None], scipy.fft.rfftfreq(wide)))
     stretch = np.hypot(shape.e1, shape.e2)
     sinc = np.sinh(stretch) / stretch if stretch > 1e-8 else 1.0
     # The matrix exponential of [[e1, e2], [e2, -e1]] acts on (x, y).
     xx, yy, xy = np.cosh(stretch) + sinc * shape.e1, np.cosh(stretch) - sinc * shape.e1, sinc * shape.e2
-    radius = np.exp(shape.log_radius)
     wave = np.minimum(radius * np.hypot(xx * kx + xy * ky, xy * kx + yy * ky), _WAVE_NUMBERS[-1])
     profile = np.interp(np.log1p(4.0 * wave), _FINE, _transform(float(shape.log_index)))
     shift = (size - k) // 2
