@@ -164,12 +164,15 @@ def _finished(
         leakage = _leakages(patches, images, correlations, first_draws, settings.seed)
     end_of("psf")
     result = {}
+    together = [band for band, patch in zip(fitted, patches, strict=True) if patch is not fitted[band]]
     for place, (band, patch) in enumerate(zip(fitted, patches, strict=True)):
         patch.times.update(marks)
         variance = local_variance(differences[place], images[place], patch.noise)
         result[band] = assemble(
             patch, layers[place], variance, differences[place], residuals[place], leakage[place]
         )
+        others = [other for other in together if other != band] if band in together else []
+        result[band].metrics["coupled_with"] = others
     return result
 
 
@@ -178,13 +181,14 @@ def _coupled_patches(fitted: Mapping[str, FittedPatch]) -> list[FittedPatch]:
     gives them.
     """
     points = coupled([BandLight(patch.data, patch.sets, patch.points.latent) for patch in fitted.values()])
+    bands = [band for band, own in zip(fitted, points, strict=True) if own is not None]
     return [
         patch
         if own is None
         else dataclasses.replace(
             patch,
             points=own,
-            method=f"{patch.method}, coupled with {', '.join(other for other in fitted if other != band)}",
+            method=f"{patch.method}, coupled with {', '.join(other for other in bands if other != band)}",
         )
         for (band, patch), own in zip(fitted.items(), points, strict=True)
     ]

@@ -239,8 +239,7 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
         for band, result in results.items():
             result.checkpoint = kept[band].own_file if band in kept else None
             result.metrics["seconds"]["task"] = seconds
-            coupled_with = [other for other in inputs if other != band] if self.config.coupling else []
-            result.metrics["coupled_with"] = coupled_with
+            coupled_with = result.metrics.setdefault("coupled_with", [])
             for coadd in (result.coadd, result.residual):
                 coadd.metadata["coupled_with"] = ",".join(coupled_with)
         noise = [np.sqrt(np.nanmedian(result.residual.variance.array)) for result in results.values()]
