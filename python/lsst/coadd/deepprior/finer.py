@@ -305,12 +305,12 @@ def spread_layers(layers: CoaddLayers, oversampling: int) -> CoaddLayers:
 
     outliers = []
     for one in layers.outliers:
-        pixels = np.zeros(layers.coadd.shape, dtype=bool)
-        pixels[one.pixels] = True
+        rows, columns = (k * axis[:, None, None] for axis in one.pixels)
+        rows, columns = np.broadcast_arrays(rows + np.arange(k)[:, None], columns + np.arange(k))
         outliers.append(
             dataclasses.replace(
                 one,
-                pixels=np.nonzero(repeated(pixels, k)),
+                pixels=(rows.ravel(), columns.ravel()),
                 x=k * one.x + 0.5 * (k - 1),
                 y=k * one.y + 0.5 * (k - 1),
                 length=k * one.length,
