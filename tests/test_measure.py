@@ -169,8 +169,11 @@ def test_aperture_errors_know_that_noise_is_correlated():
         y, x = np.mgrid[-20:21, -20:21]
         inside = np.hypot(y, x) <= radius * white["coadd_fwhm"][0]
         pairs = 0.2 * (inside[1:] & inside[:-1]).sum() + 0.3 * (inside[:, 1:] & inside[:, :-1]).sum()
-        expected = np.sqrt(1.0 + 2.0 * pairs / inside.sum())
-        assert table[f"ap{n}_flux_err"][0] / white[f"ap{n}_flux_err"][0] == pytest.approx(expected, rel=1e-6)
+        pixels = NOISE**2 * np.pi * (radius * white["coadd_fwhm"][0]) ** 2
+        sky = white[f"ap{n}_flux_err"][0] ** 2 - pixels
+        assert sky / pixels == pytest.approx(pixels / NOISE**2 / (60 * 70), rel=0.1)
+        expected = pixels * (1.0 + 2.0 * pairs / inside.sum()) + sky * correlation.sum()
+        assert table[f"ap{n}_flux_err"][0] ** 2 == pytest.approx(expected, rel=1e-6)
 
 
 def test_pixels_without_data_count_in_apertures_with_the_fit():

@@ -247,6 +247,37 @@ def test_a_sky_that_was_left_does_not_change_fluxes() -> None:
     assert len(y) == len(found.flux)
 
 
+def test_errors_know_that_the_sky_is_not_known() -> None:
+    """On an island of data a galaxy leaves hardly a pixel that tells the sky."""
+    flux = 300.0 * POINT_ERROR
+    galaxy = galsim.Exponential(half_light_radius=4.0, flux=flux).shear(g1=0.2, g2=0.1)
+    seen = galsim.Convolve(galaxy, galsim.Gaussian(sigma=SEEING))
+    image = seen.drawImage(nx=75, ny=65, scale=1.0, method="no_pixel").array
+    island = np.full(image.shape, np.nan)
+    pulls = []
+    for seed in range(16):
+        noise = np.random.default_rng(seed).standard_normal(image.shape)
+        island[17:48, 22:53] = (image + noise)[17:48, 22:53]
+        found = fit_sources(np.array([32.0]), np.array([37.0]), [], make_coadd(island))
+        pulls.append((found.flux[0] - flux) / found.error[0])
+    assert 0.6 < np.std(pulls) < 1.3
+    assert abs(np.mean(pulls)) < 0.8
+
+
+def test_what_settled_with_a_negative_flux_is_subtracted_with_its_sign() -> None:
+    flux = 400.0 * POINT_ERROR
+    shape = (161, 150)
+    galaxy = galsim.Sersic(n=1.5, half_light_radius=5.0, flux=flux).shear(g1=0.3, g2=0.1)
+    seen = galsim.Convolve(galaxy, galsim.Gaussian(sigma=SEEING))
+    drawn = galsim.ImageD(*shape[::-1], scale=1.0, xmin=0, ymin=0)
+    seen.drawImage(drawn, center=galsim.PositionD(60.0, 80.0), method="no_pixel")
+    image = drawn.array + gaussian_stars(shape, [(110.0, 130.0, -3.0 * flux)], SEEING)
+    image += np.random.default_rng(0).standard_normal(shape)
+    found = fit_sources(np.array([80.0, 130.0]), np.array([60.0, 110.0]), [], make_coadd(image))
+    assert found.flux == pytest.approx([flux, -3.0 * flux], abs=4.0 * found.error.max())
+    assert found.error.max() < 0.03 * flux
+
+
 def test_bad_input_nothing_and_others() -> None:
     coadd = make_coadd(np.zeros((70, 90)))
     with pytest.raises(ValueError, match="one each"):

@@ -35,8 +35,8 @@ log n of three discs (n = 1) to a bulge (n = 4)."""
 
 _PART_OF_EXTENT = 0.5
 """Largest half-light radius, as part of the radius of the region in which a source is brighter than the
-noise: a profile that reaches further takes in the light of neighbours and of the sky. In simulated fields no
-galaxy comes above 0.42."""
+noise, grown by a FWHM: a profile that reaches further takes in the light of neighbours and of the sky. In
+simulated fields no galaxy comes above 0.42."""
 
 _AT_LIMIT = 1e-6
 """Distance from a limit, in units of the parameter, within which it is reached."""
@@ -72,7 +72,8 @@ class Source:
     shape : `numpy.ndarray`, (4,), optional
         That of a galaxy.
     extent : `float`, optional
-        Radius in pixels of the region in which the source is brighter than the noise, which limits its size.
+        Radius in pixels of the region in which the source is brighter than the noise, grown by a FWHM, which
+        limits its size.
     """
 
     y: float

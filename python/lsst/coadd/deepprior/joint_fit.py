@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-__all__ = ("JointFit", "normal_equations")
+__all__ = ("JointFit", "normal_equations", "sky_responses")
 
 import dataclasses
 import math
@@ -106,6 +106,27 @@ class JointFit:
         for members in map(slice, [0, *ends[:-1]], ends):
             variance[order[members]] = _variances(normal[members, members], noise[members, members])
         return np.sqrt(np.maximum(variance, 0.0))
+
+
+def sky_responses(fit: JointFit, templates: Sequence[Stamp], coadd: Coadd) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a unit of a constant sky adds to the right sides of a fit, and to its parameters.
+
+    Parameters
+    ----------
+    fit : `JointFit`
+        The fit.
+    templates : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.stamps.Stamp`]
+        Its templates.
+    coadd : `~lsst.coadd.deepprior.plain_coadd.Coadd`
+        Weights.
+
+    Returns
+    -------
+    under, response : `numpy.ndarray`, (template,)
+        Both.
+    """
+    under = np.array([(coadd.weight[t.slices] * t.array).sum() for t in templates])
+    return under, dataclasses.replace(fit, right=under).solution()
 
 
 def _correlation(normal: scipy.sparse.csr_array) -> scipy.sparse.csr_array:

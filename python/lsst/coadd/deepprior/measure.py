@@ -30,7 +30,7 @@ from astropy import units as u
 from astropy.table import Column, Table
 
 from .deblend import BLEND, DetectionSettings, detect_sources, shown, significance
-from .joint_fit import JointFit
+from .joint_fit import JointFit, sky_responses
 from .moments import adaptive_moments, centroid, peak_offset
 from .plain_coadd import Coadd
 from .source_fit import SYSTEMATIC_FLOOR, fit_sources
@@ -53,7 +53,7 @@ known of its shape; what was found on smooth light has none above the sky."""
 
 _UNSEEN_EXTENT = 1.5
 """Radius in FWHM of the region in which a source that the restored image does not show may be brighter than
-the noise; of a point with a S/N of 10 it is 1."""
+the noise; of a point with a S/N of 10 that it shows, grown as pieces are, it is about as much."""
 
 _COLUMNS: dict[str, tuple[type, u.UnitBase | None, str]] = {
     "id": (int, None, "Number of the source within its tract, patch and band, from 1, brightest first."),
@@ -233,10 +233,10 @@ def measure_sources(
     if not templates:
         return _table({name: np.zeros(0) for name in _COLUMNS})
     columns = _columns_of(pieces, templates, inputs)
-    columns, stamps, sky = _with_profiles(columns, pieces, templates, inputs, settings)
+    columns, stamps, sky, sky_error = _with_profiles(columns, pieces, templates, inputs, settings)
     y, x = columns["y"], columns["x"]
     fitted = columns["flux"], columns["flux_err"]
-    columns |= _point_and_aperture_fluxes(y, x, stamps, *fitted, inputs.coadd.without(sky))
+    columns |= _point_and_aperture_fluxes(y, x, stamps, *fitted, inputs.coadd.without(sky), sky_error)
     columns["flux_sys_err"] = SYSTEMATIC_FLOOR * np.abs(columns["flux"])
     columns |= _core_flags(y, x, columns["coadd_fwhm"], inputs.coadd.good, inputs.planes)
     columns |= _places(y, x, columns["coadd_fwhm"], inputs)
@@ -309,9 +309,9 @@ def _with_profiles(
     templates: Sequence[Stamp],
     inputs: MeasureInputs,
     settings: DetectionSettings,
-) -> tuple[dict[str, np.ndarray], list[Stamp], float]:
+) -> tuple[dict[str, np.ndarray], list[Stamp], float, float]:
     """Fit profiles to the sources that have data under their PSF; return the columns, one stamp a row, and
-    the sky.
+    the sky and its error.
     """
     coadd = inputs.coadd
     points = [coadd.point(*position) for position in zip(columns["y"], columns["x"], strict=True)]
@@ -350,7 +350,7 @@ def _with_profiles(
     ):
         columns[name][: len(values)] = values
     columns["flag_blended"] = blended[row] | pair
-    return columns, [*found.stamps, *unseen], found.sky
+    return columns, [*found.stamps, *unseen], found.sky, found.sky_error
 
 
 def _fwhm_at(y: np.ndarray, x: np.ndarray, coadd: Coadd) -> np.ndarray:
@@ -437,6 +437,7 @@ def _point_and_aperture_fluxes(
     flux: np.ndarray,
     flux_err: np.ndarray,
     coadd: Coadd,
+    sky_error: float,
 ) -> dict[str, np.ndarray]:
     """Measure PSF fluxes (one joint fit) and aperture fluxes (neighbours subtracted) at given positions."""
     n = len(templates)
@@ -444,8 +445,10 @@ def _point_and_aperture_fluxes(
     usable = np.array([(coadd.weight[p.slices] * p.array**2).sum() > 0.0 for p in points])
     psf_flux = np.full((2, n), np.nan)
     if usable.any():
-        fit = JointFit.of([point for point, use in zip(points, usable, strict=True) if use], coadd)
-        psf_flux[:, usable] = fit.solution(), fit.errors()
+        used = [point for point, use in zip(points, usable, strict=True) if use]
+        fit = JointFit.of(used, coadd)
+        _, response = sky_responses(fit, used, coadd)
+        psf_flux[:, usable] = fit.solution(), np.hypot(fit.errors(), response * sky_error)
     scale = _fwhm_at(y, x, coadd)
     columns = {"psf_flux": psf_flux[0], "psf_flux_err": psf_flux[1], "coadd_fwhm": scale}
 
@@ -461,7 +464,8 @@ def _point_and_aperture_fluxes(
         unseen[own.slices] = np.where(coadd.good[own.slices], 0.0, own.array)
         part, _, _ = sep.sum_circle(unseen, *circles, subpix=0)
         unseen[own.slices] = 0.0
-        sums[k] = np.transpose([total, np.hypot(noise * np.sqrt(excess[scale[k]]), part * flux_err[k])])
+        noise = np.hypot(noise * np.sqrt(excess[scale[k]]), sky_error * np.pi * circles[2] ** 2)
+        sums[k] = np.transpose([total, np.hypot(noise, part * flux_err[k])])
     for a in range(len(APERTURES)):
         columns[f"ap{a + 1}_flux"], columns[f"ap{a + 1}_flux_err"] = sums[:, a].T
     return columns

@@ -12,6 +12,7 @@ __all__ = ("SYSTEMATIC_FLOOR", "SourceFit", "fit_sources")
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import scipy.ndimage
@@ -20,7 +21,7 @@ import scipy.sparse
 from .confusion import confusion_error, unseen_light
 from .fitted_source import MAX_WIDTH, POSITION_STEP, Source
 from .galaxy_profiles import GalaxyShape
-from .joint_fit import JointFit, normal_equations
+from .joint_fit import JointFit, normal_equations, sky_responses
 from .pairs import fit_pair
 from .plain_coadd import Coadd
 from .psf import FWHM_PER_SIGMA
@@ -89,9 +90,9 @@ class SourceFit:
         The sources as they were fitted, of unit flux.
     states : `list`
         Their parameters, for a fit that goes on from this one.
-    sky : `float`
+    sky, sky_error : `float`
         Mean of what is no source, in nJy a pixel: sources too faint to be found, and what the sky subtraction
-        left. The fluxes are above it.
+        left; and its standard error. The fluxes are above it.
     other_flux, other_error : `numpy.ndarray`, (other,)
         Fluxes of the sources without data under their PSF, in nJy, and their standard errors.
     """
@@ -109,6 +110,7 @@ class SourceFit:
     stamps: list[Stamp]
     states: list[Source]
     sky: float
+    sky_error: float
     other_flux: np.ndarray
     other_error: np.ndarray
 
@@ -150,8 +152,8 @@ def fit_sources(
     known : `SourceFit`, optional
         Fit of the first of the positions. What shares light with none of the others goes on from there.
     extent : `numpy.ndarray`, (source,), optional
-        Radii in pixels of the regions in which the sources are brighter than the noise, which limit their
-        sizes; without limit by default.
+        Radii in pixels of the regions in which the sources are brighter than the noise, grown by a FWHM,
+        which limit their sizes; without limit by default.
 
     Returns
     -------
@@ -169,12 +171,13 @@ def fit_sources(
     sources = [Source(float(a), float(b), extent=float(c)) for a, b, c in zip(y, x, extent, strict=True)]
     if not sources:
         none, nothing = np.zeros(0), np.zeros(0, dtype=int)
-        flux, errors, sky = none, none, 0.0
+        flux, errors, sky, sky_error = none, none, 0.0, 0.0
         if len(others):
             fit = JointFit.of(others, coadd)
-            (flux, sky), errors = _above_sky(fit, others, coadd), fit.errors()
+            flux, sky, sky_error, response = _above_sky(fit, others, coadd)
+            errors = np.hypot(fit.errors(), response * sky_error)
         return SourceFit(
-            none, none, none, none, none, none, none, none, nothing > 0, nothing, [], [], sky, flux, errors
+            *(none,) * 8, nothing > 0, nothing, [], [], sky, sky_error, other_flux=flux, other_error=errors
         )
     points = [s.stamp(coadd) for s in sources]
     extended, flux = _classify(sources, points, others, coadd)
@@ -188,7 +191,7 @@ def fit_sources(
         extended = np.concatenate([known.extended[old], extended[new]])
         flux = np.concatenate([known.flux[old], flux[new]])
         fresh = np.arange(len(sources)) >= old.sum()
-    model = _Model(sources, np.maximum(np.abs(flux), _TINY), others, coadd)
+    model = _Model(sources, flux, others, coadd)
     model.settle(fresh)
     parts = model.parts(fresh)
     split = np.array([len(own) for own, _ in parts])
@@ -210,7 +213,8 @@ class _Model:
     """All sources of a patch, their templates, and what their parameters change."""
 
     sources: list[Source]
-    flux: np.ndarray
+    amount: np.ndarray
+    """Fluxes in nJy, of either sign."""
     others: Sequence[Stamp]
     coadd: Coadd
 
@@ -220,6 +224,11 @@ class _Model:
         self._own = [s.stamp(self.coadd) for s in self.sources]
         self._slopes = [s.derivatives(self.coadd, t) for s, t in zip(self.sources, self._own, strict=True)]
         self._changes = [np.zeros(len(group)) for group in self._slopes]
+
+    @property
+    def flux(self) -> np.ndarray:
+        """Scale of the changes of the sources, in nJy, positive."""
+        return np.maximum(np.abs(self.amount), _TINY)
 
     def _positions(self) -> np.ndarray:
         """Return the positions y and x of the sources, (2, source)."""
@@ -268,12 +277,13 @@ class _Model:
         templates, first = self._templates(chosen)
         sources = [self.sources[k] for k in chosen]
         fit = _with_prior(normal_equations(templates, coadd), sources, self.flux[chosen], first)
-        solution, _ = self._solved(fit, templates, chosen, first, coadd)
-        self.flux[chosen] = np.maximum(np.abs(solution[: len(chosen)]), _TINY)
+        solution = self._solved(fit, templates, chosen, first, coadd).solution
+        self.amount[chosen] = solution[: len(chosen)]
+        flux = self.flux[chosen]
         moved = np.zeros(len(chosen), dtype=bool)
         for n, (k, source) in enumerate(zip(chosen, sources, strict=True)):
             change = solution[first[n] : first[n + 1]]
-            new, distance = source.moved(change / self.flux[k], self._start[:, k], self._limit[k])
+            new, distance = source.moved(change / flux[n], self._start[:, k], self._limit[k])
             moved[n] = distance > _SETTLED
             if moved[n]:
                 self.sources[k], self._own[k] = new, new.stamp(self.coadd)
@@ -284,24 +294,26 @@ class _Model:
 
     def _solved(
         self, fit: JointFit, templates: Sequence[Stamp], chosen: np.ndarray, first: np.ndarray, coadd: Coadd
-    ) -> tuple[np.ndarray, float]:
+    ) -> _AboveSky:
         """Return the parameters that fit best, and the sky; what is at its limit does not go on."""
-        solution, sky = _above_sky(fit, templates, coadd)
+        best = _above_sky(fit, templates, coadd)
+        solution = best.solution
         stuck = []
+        flux = self.flux
         for n, k in enumerate(chosen):
-            change = solution[first[n] + 2 : first[n + 1]] / self.flux[k]
+            change = solution[first[n] + 2 : first[n + 1]] / flux[k]
             stuck += (first[n] + 2 + np.flatnonzero(self.sources[k].stuck(change, self._limit[k]))).tolist()
         if stuck:
             stiff = np.zeros(len(solution))
             stiff[stuck] = _STIFF * fit.normal.diagonal()[stuck]
             held = (fit.normal + scipy.sparse.diags_array(stiff)).tocsr()
-            solution, sky = _above_sky(dataclasses.replace(fit, normal=held), templates, coadd)
-        return solution, sky
+            best = _above_sky(dataclasses.replace(fit, normal=held), templates, coadd)
+        return best
 
     def _without(self, settled: np.ndarray) -> Coadd:
         """Return the coadd without some sources."""
         templates = [self._own[k] for k in settled] + [t for k in settled for t in self._slopes[k]]
-        amounts = np.concatenate([self.flux[settled], *(self._changes[k] for k in settled)])
+        amounts = np.concatenate([self.amount[settled], *(self._changes[k] for k in settled)])
         return self.coadd.without(render(templates, amounts, self.coadd.shape))
 
     def parts(self, fresh: np.ndarray) -> list[tuple[list[Source], np.ndarray]]:
@@ -314,7 +326,7 @@ class _Model:
         """
         templates, first = self._templates(range(len(self.sources)))
         fit = _with_prior(normal_equations(templates, self.coadd), self.sources, self.flux, first)
-        solution, sky = self._solved(fit, templates, np.arange(len(self.sources)), first, self.coadd)
+        solution, sky, *_ = self._solved(fit, templates, np.arange(len(self.sources)), first, self.coadd)
         left = self.coadd.image - sky - render(templates, solution, self.coadd.shape)
         result = []
         for k, (source, own) in enumerate(zip(self.sources, self._own, strict=True)):
@@ -325,7 +337,7 @@ class _Model:
                     alone += amount * change.array
                 pair = fit_pair(alone, left[own.slices], own, GalaxyShape(*source.shape), self.coadd)
             result.append(
-                ([source], self.flux[k : k + 1])
+                ([source], self.amount[k : k + 1])
                 if pair is None
                 else ([Source(*place) for place in pair.positions.tolist()], pair.flux)
             )
@@ -336,8 +348,9 @@ class _Model:
         coadd, sources, n = self.coadd, self.sources, len(self.sources)
         templates, first = self._templates(range(n))
         full = _with_prior(JointFit.of(templates, coadd), sources, self.flux, first)
-        solution, sky = self._solved(full, templates, np.arange(n), first, coadd)
+        solution, sky, sky_error, response = self._solved(full, templates, np.arange(n), first, coadd)
         errors = full.errors()
+        of_sky = response * sky_error
         certain = np.concatenate([np.arange(n), *(first[k] + np.arange(2) for k in range(n))])
         certain = np.concatenate([certain, np.arange(first[-1], len(templates))])
         pick = scipy.sparse.csr_array(
@@ -363,7 +376,7 @@ class _Model:
         y, x = np.stack([y, x]) - np.clip(np.nan_to_num(last), -POSITION_STEP, POSITION_STEP)
         return SourceFit(
             flux=flux,
-            error=np.sqrt(fixed**2 + shape_error**2 + confusion**2),
+            error=np.sqrt(fixed**2 + shape_error**2 + confusion**2 + of_sky[:n] ** 2),
             shape_error=shape_error,
             confusion_error=confusion,
             y=y,
@@ -375,8 +388,9 @@ class _Model:
             stamps=self._own,
             states=sources,
             sky=sky,
+            sky_error=sky_error,
             other_flux=solution[first[-1] :],
-            other_error=errors[first[-1] :],
+            other_error=np.hypot(errors, of_sky)[first[-1] :],
         )
 
 
@@ -390,7 +404,7 @@ def _classify(
     extended : `numpy.ndarray`, (source,), bool
         Whether a source is wider than the PSF.
     flux : `numpy.ndarray`, (source,)
-        First values of the fluxes in nJy, not negative.
+        First values of the fluxes in nJy.
     """
     n = len(sources)
     widened = [t._replace(array=scipy.ndimage.laplace(t.array, mode="constant")) for t in points]
@@ -409,20 +423,43 @@ def _classify(
             sources[k] = source.shaped(variance)
         elif extended[k] or snr[k] < _WIDTH_SNR:
             source.variance = min(max(ratio, 0.0), width**2)
-    return extended, np.maximum(np.abs(solution[:n]), _TINY)
+    return extended, solution[:n]
 
 
-def _above_sky(fit: JointFit, templates: Sequence[Stamp], coadd: Coadd) -> tuple[np.ndarray, float]:
+class _AboveSky(NamedTuple):
+    """Parameters that fit best together with a constant sky.
+
+    Parameters
+    ----------
+    solution : `numpy.ndarray`, (parameter,)
+        The parameters.
+    sky, sky_error : `float`
+        The sky and its standard error, in nJy a pixel.
+    response : `numpy.ndarray`, (parameter,)
+        What a unit of the sky takes off the parameters.
+    """
+
+    solution: np.ndarray
+    sky: float
+    sky_error: float
+    response: np.ndarray
+
+
+def _above_sky(fit: JointFit, templates: Sequence[Stamp], coadd: Coadd) -> _AboveSky:
     """Return the parameters that fit best together with a constant sky, and that sky.
 
     With ``h = T^T W 1`` and ``c = N^-1 h``, the sky that is left by parameters ``a = N^-1 b`` is
-    ``(1^T W D - h a) / (1^T W 1 - h c)``, and takes ``c`` times itself off the parameters.
+    ``(1^T W D - h a) / (1^T W 1 - h c)``, and takes ``c`` times itself off the parameters. What there is of
+    it is of the order of the noise of a pixel at most, which decides where next to no pixel is free of
+    sources.
     """
-    under = np.array([(coadd.weight[t.slices] * t.array).sum() for t in templates])
-    alone, response = fit.solution(), dataclasses.replace(fit, right=under).solution()
-    total = float(coadd.weight.sum() - under @ response)
+    alone = fit.solution()
+    under, response = sky_responses(fit, templates, coadd)
+    seen = coadd.weight[coadd.weight > 0.0]
+    total = float(seen.sum() - under @ response + (np.median(seen) if len(seen) else 1.0))
     sky = float((coadd.weight * coadd.image).sum() - under @ alone) / total
-    return alone - sky * response, sky
+    error = math.sqrt(max(float(coadd.noise_correlation.sum()), 0.0) / total)
+    return _AboveSky(alone - sky * response, sky, error, response)
 
 
 def _with_prior(fit: JointFit, sources: list[Source], flux: np.ndarray, first: np.ndarray) -> JointFit:
