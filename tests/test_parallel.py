@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lsst.coadd.deepprior import parallel
 from lsst.coadd.deepprior.parallel import in_parallel
 
 SCRIPT = """
@@ -89,7 +90,8 @@ def test_memory_that_work_on_a_visit_has_freed_is_given_back() -> None:
 
 
 @pytest.fixture
-def three_threads() -> Iterator[None]:
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(parallel, "_asked", [])
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -112,6 +114,14 @@ def test_the_thread_that_calls_works_with_the_others() -> None:
     assert threading.get_ident() in threads
     assert set(operations) == {1}
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_threads_are_made_once_whatever_the_number_of_parts() -> None:
+    parallel._threads.cache_clear()
+    for n_parts in (2, 9, 3, 2):
+        in_parallel(lambda part: None, range(n_parts), torch.zeros(1))
+    assert parallel._threads.cache_info().misses == 1
 
 
 @pytest.mark.usefixtures("three_threads")

@@ -59,8 +59,9 @@ def in_parallel[T](function: Callable[[T], None], parts: Sequence[T], like: torc
         A tensor of the computation; elsewhere than on a CPU, or where it has a gradient, parts come one by
         one.
     """
-    n_threads = min(_asked[-1] if _asked else torch.get_num_threads(), len(parts))
-    if n_threads <= 1 or like.device.type != "cpu" or like.requires_grad:
+    n_threads = _asked[-1] if _asked else torch.get_num_threads()
+    n_used = min(n_threads, len(parts))
+    if n_used <= 1 or like.device.type != "cpu" or like.requires_grad:
         for part in parts:
             function(part)
         return
@@ -75,7 +76,7 @@ def in_parallel[T](function: Callable[[T], None], parts: Sequence[T], like: torc
                     return
                 function(part)
 
-    helpers = [_threads(n_threads - 1, os.getpid()).submit(take) for _ in range(n_threads - 1)]
+    helpers = [_threads(n_threads - 1, os.getpid()).submit(take) for _ in range(n_used - 1)]
     try:
         with _operations_on_one_thread():
             take()
