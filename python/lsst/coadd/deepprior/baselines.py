@@ -112,8 +112,10 @@ def gaussian_smooth(images: torch.Tensor, sigma: float) -> torch.Tensor:
     profile = torch.as_tensor(gaussian_stamp(sigma).sum(axis=0), dtype=images.dtype, device=images.device)
     half = len(profile) // 2
     flat = images.reshape(-1, 1, *images.shape[-2:])
-    flat = torch.nn.functional.conv2d(flat, profile[None, None, :, None], padding=(half, 0))
-    flat = torch.nn.functional.conv2d(flat, profile[None, None, None], padding=(0, half))
+    # TensorFloat-32 of a GPU, which torch takes for convolutions, would round fluxes to three digits.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        flat = torch.nn.functional.conv2d(flat, profile[None, None, :, None], padding=(half, 0))
+        flat = torch.nn.functional.conv2d(flat, profile[None, None, None], padding=(0, half))
     return flat.reshape(images.shape)
 
 
