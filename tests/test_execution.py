@@ -121,12 +121,24 @@ def test_batches_are_halved_where_memory_runs_out() -> None:
     assert tried == [3, 3, 3, 3, 1]
 
 
-def test_one_that_does_not_fit_is_an_error() -> None:
-    def never(some: slice) -> None:
-        raise torch.OutOfMemoryError
+@pytest.mark.parametrize(
+    ("error", "sizes"),
+    [
+        (torch.OutOfMemoryError(), [5, 2, 1]),
+        (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), [5, 2, 1]),
+        (RuntimeError("cuFFT error: CUFFT_INVALID_SIZE"), [5]),
+    ],
+)
+def test_one_that_does_not_fit_is_an_error(error: RuntimeError, sizes: list[int]) -> None:
+    tried = []
 
-    with pytest.raises(torch.OutOfMemoryError):
+    def never(some: slice) -> None:
+        tried.append(some.stop - some.start)
+        raise error
+
+    with pytest.raises(type(error)):
         Batches().map(never, 5)
+    assert tried == sizes
 
 
 def test_fit_with_smaller_batches_is_the_same_fit(monkeypatch: pytest.MonkeyPatch) -> None:

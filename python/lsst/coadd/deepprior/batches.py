@@ -7,11 +7,30 @@
 
 from __future__ import annotations
 
-__all__ = ("Batches",)
+__all__ = ("Batches", "is_out_of_memory")
 
 from collections.abc import Callable
 
 import torch
+
+_ALLOCATION_FAILED = ("out of memory", "CUFFT_ALLOC_FAILED", "_STATUS_ALLOC_FAILED")
+"""What errors of CUDA and its libraries say that torch does not raise as `torch.OutOfMemoryError`."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error is that the memory of a device does not suffice.
+
+    Parameters
+    ----------
+    error : `RuntimeError`
+        An error of torch.
+
+    Returns
+    -------
+    answer : `bool`
+        Whether it is.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _ALLOCATION_FAILED)
 
 
 class Batches:
@@ -48,7 +67,7 @@ class Batches:
 
         Raises
         ------
-        torch.OutOfMemoryError
+        RuntimeError
             Raised if there is not enough memory for a single item.
         """
         results: list[T] = []
@@ -57,8 +76,8 @@ class Batches:
             stop = min(n_items, start + (self._limit or n_items))
             try:
                 results.append(function(slice(start, stop)))
-            except torch.OutOfMemoryError:
-                if stop - start == 1:
+            except RuntimeError as err:
+                if stop - start == 1 or not is_out_of_memory(err):
                     raise
                 self._limit = (stop - start) // 2
             else:

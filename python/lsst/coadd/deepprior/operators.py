@@ -286,6 +286,8 @@ def _tiles_at_once(n_pixels: int, like: torch.Tensor) -> int:
     if like.device.type != "cuda":
         return max(1, _CACHE_BYTES // (like.element_size() * n_pixels))
     free, _ = torch.cuda.mem_get_info(like.device)
+    # What torch holds without need is free as well.
+    free += torch.cuda.memory_reserved(like.device) - torch.cuda.memory_allocated(like.device)
     return max(1, int(_GPU_PART * free) // (4 * like.element_size() * n_pixels))
 
 
