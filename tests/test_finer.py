@@ -258,8 +258,8 @@ def test_layers_are_spread_over_fine_pixels(oversampling: int) -> None:
     ]
     own = PatchData(visits, LAYOUT, SIGMA)
     data = PatchData(finer(visits, k), finer_layout(LAYOUT, k), SIGMA)
-    expected = coadd_layers(own, torch.zeros(own.shape), visits)
-    layers = coadd_layers(data, torch.zeros(data.shape), finer(visits, k))
+    expected = coadd_layers(own, torch.zeros(own.shape))
+    layers = coadd_layers(data, torch.zeros(data.shape))
     for name in ("coadd", "residual"):
         blocks = getattr(layers, name).reshape(LAYOUT.shape[0], k, LAYOUT.shape[1], k).sum(axis=(1, 3))
         np.testing.assert_allclose(blocks, getattr(expected, name), rtol=1e-4, atol=1e-4)

@@ -87,7 +87,7 @@ def test_a_correlation_for_every_visit_is_asked_for() -> None:
 def test_patch_in_halves_measures_the_correlation_of_the_noise() -> None:
     whole = visit(np.random.default_rng(1))
     data = PatchData([whole], CellLayout(1, 1, 311, 419), 1.0, margin=7)
-    halves = in_halves(data, torch.zeros(data.shape), [whole], seed=2)
+    halves = in_halves(data, torch.zeros(data.shape), seed=2)
     assert halves.n_groups == 2
     assert (halves.sigma, halves.shape) == (data.sigma, data.shape)
     one, other = (

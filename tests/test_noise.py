@@ -75,7 +75,7 @@ def test_saturated_cores_are_those_of_the_visits_that_see_them() -> None:
         visit.good[core] = False
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
     latent = maximum_likelihood(data, data.sets()).latent[0]
-    layers = coadd_layers(data, latent, visits)
+    layers = coadd_layers(data, latent)
     assert np.nanmax(np.abs(layers.residual / np.sqrt(layers.variance))) < 6.0
     box = inner_smooth(latent, SIGMA)[8 + 18 : 8 + 43, 8 + 27 : 8 + 52]
     assert float(box.sum()) == pytest.approx(flux, rel=5e-3)
@@ -97,7 +97,7 @@ def test_layers_of_a_perfect_model() -> None:
     visits = observe(LAYOUT, STARS, [1.5, 2.0, 1.8], seed=5, masked_fraction=0.05)
     visits[1] = dataclasses.replace(visits[1], variance=visits[1].variance * 4)
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
-    layers = coadd_layers(data, true_latent(data), visits)
+    layers = coadd_layers(data, true_latent(data))
     weights = np.array([1.0, 0.25, 1.0])
     good = np.array([v.good for v in visits])
     flux = np.array([np.where(v.good, v.flux, 0.0) for v in visits])
@@ -122,7 +122,7 @@ def test_outlier_is_clipped_from_both_coadds_and_flagged() -> None:
     visits[2].flux[50, 10:20] += 300.0
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
     latent = maximum_likelihood(data, data.sets()).latent[0]
-    layers = coadd_layers(data, latent, visits)
+    layers = coadd_layers(data, latent)
     assert layers.clipped[50, 10:20].all()
     around = np.zeros(LAYOUT.shape, dtype=bool)
     around[47:54, 7:23] = True
@@ -137,9 +137,9 @@ def test_a_huge_pixel_leaves_what_the_other_visits_say(flux: float) -> None:
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
     latent = true_latent(data)
     visits[2].flux[50, 10:12] = flux
-    layers = coadd_layers(data, latent, visits)
+    layers = coadd_layers(data, latent)
     without = [visit for index, visit in enumerate(visits) if index != 2]
-    expected = coadd_layers(PatchData(without, LAYOUT, SIGMA, margin=8), latent, without)
+    expected = coadd_layers(PatchData(without, LAYOUT, SIGMA, margin=8), latent)
     assert layers.clipped[50, 10:12].all()
     for name in ("coadd", "residual", "variance"):
         found, wanted = getattr(layers, name)[50, 10:12], getattr(expected, name)[50, 10:12]
@@ -152,7 +152,7 @@ def test_a_huge_pixel_of_few_visits_has_a_finite_chi2() -> None:
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
     latent = true_latent(data)
     visits[1].flux[50, 10] = 1e30
-    layers = coadd_layers(data, latent, visits)
+    layers = coadd_layers(data, latent)
     assert np.isfinite(layers.chi2)
     assert layers.chi2 > 1e6
 
@@ -163,7 +163,7 @@ def test_faint_trail_is_clipped_though_no_pixel_stands_out() -> None:
     rows = np.arange(80)[:, None]
     visits[2].flux[...] += (2.5 * np.exp(-0.5 * ((rows - 40.0) / 2.0) ** 2)).astype(np.float32)
     data = PatchData(visits, layout, SIGMA, margin=8)
-    layers = coadd_layers(data, torch.zeros(data.shape), visits)
+    layers = coadd_layers(data, torch.zeros(data.shape))
     assert layers.clipped[39:42].mean() > 0.8
     assert layers.clipped[:30].mean() == layers.clipped[50:].mean() == 0.0
     assert np.nanmean(layers.coadd[38:43]) < 0.25
@@ -173,7 +173,7 @@ def test_what_most_visits_say_is_no_outlier() -> None:
     """Where the model is wrong in all visits nothing is rejected: the residual shows it."""
     visits = observe(LAYOUT, STARS, [1.5, 2.0, 1.8, 1.6], seed=6)
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
-    layers = coadd_layers(data, torch.zeros(data.shape), visits)
+    layers = coadd_layers(data, torch.zeros(data.shape))
     core = (slice(14, 18), slice(18, 23))
     assert not layers.clipped[core].any()
     assert (layers.n_visits[core] == 4).all()
@@ -193,7 +193,7 @@ def test_a_visit_that_ends_inside_a_cell_does_not_enter_it() -> None:
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
     np.testing.assert_array_equal(entering_visits(data)[1], [[False, True, True], [False, False, False]])
     latent = maximum_likelihood(data, data.sets(), steps=20).latent[0]
-    layers = coadd_layers(data, latent, visits)
+    layers = coadd_layers(data, latent)
     assert set(np.unique(layers.n_visits[:30, 26:])) <= {2, 3}
     assert layers.n_visits[30:, :].max() == 2
     np.testing.assert_allclose(layers.psf[1, 0], (visits[0].psf[0, 0] + visits[2].psf[0, 0]) / 2, atol=1e-12)
@@ -204,7 +204,7 @@ def test_cells_without_any_visit_are_nan() -> None:
     for visit in visits:
         visit.good[30:, :26] = False
     data = PatchData(visits, LAYOUT, SIGMA, margin=8)
-    layers = coadd_layers(data, maximum_likelihood(data, data.sets(), steps=20).latent[0], visits)
+    layers = coadd_layers(data, maximum_likelihood(data, data.sets(), steps=20).latent[0])
     assert np.isnan(layers.psf[1, 0]).all()
     assert np.isnan(layers.coadd[30:, :26]).all()
     assert np.isfinite(layers.coadd[:30]).all()

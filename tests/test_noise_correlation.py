@@ -94,7 +94,7 @@ def test_noise_of_a_visit_is_that_of_its_sky_or_of_its_noise_image() -> None:
     visits[2] = dataclasses.replace(
         visits[2], flux=sky.astype(np.float32), noise=(2.0 * resampled()).astype(np.float32)
     )
-    found = visit_correlations(PatchData(visits, layout, SIGMA, margin=8), latent, visits)
+    found = visit_correlations(PatchData(visits, layout, SIGMA, margin=8), latent)
     expected = noise_correlation(resampled(), np.ones(layout.shape, dtype=bool))
     assert expected[REACH, REACH + 1] > 0.2
     near = np.s_[REACH - 1 : REACH + 2, REACH - 1 : REACH + 2]
@@ -133,7 +133,7 @@ def test_noise_on_finer_pixels_is_that_of_the_visits(step: int, noise_image: boo
     for visits, grid in (([visit], layout), ([finer_observation(visit, step)], finer_layout(layout, step))):
         data = PatchData(visits, grid, 2.0)
         latent = torch.zeros(data.shape)
-        correlations = visit_correlations(data, latent, visits)
+        correlations = visit_correlations(data, latent)
         found.append(correlations[0])
         drawn.append(NoisyModel(visits, data, latent, seed=1, correlations=correlations)[0].flux)
     first = (step - 1) // 2

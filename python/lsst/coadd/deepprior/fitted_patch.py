@@ -221,7 +221,7 @@ class FittedPatch:
         """Return the residual coadd of drawn visits, (y, x), in nJy; ``again`` is restored from them."""
         give_freed_memory_back()
         model = NoisyModel(self.observations, self.data, latent, seed, correlations)
-        return coadd_layers(self.data.with_observations(model), again, self.observations).residual
+        return coadd_layers(self.data.with_observations(model), again).residual
 
 
 def fit_patch(
@@ -293,7 +293,7 @@ def fit_patch(
         to_fit = data
         if data.n_groups == 1:
             base = latent_and_slope(features.start, features.noise)[0]
-            to_fit = in_halves(data, base, observations, settings.seed)
+            to_fit = in_halves(data, base, settings.seed)
         net, curve = fit_scratch(
             to_fit,
             settings,

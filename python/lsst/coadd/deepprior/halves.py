@@ -77,9 +77,7 @@ class NoiseHalves(Sequence[Observation]):
         )
 
 
-def in_halves(
-    data: PatchData, latent: torch.Tensor, observations: Sequence[Observation], seed: int
-) -> PatchData:
+def in_halves(data: PatchData, latent: torch.Tensor, seed: int) -> PatchData:
     """Return a patch with two visits in place of each, which share no noise.
 
     Parameters
@@ -88,8 +86,6 @@ def in_halves(
         The patch.
     latent : `torch.Tensor`, (y, x)
         Latent image u on the canvas, in nJy, behind which the noise of the visits is measured.
-    observations : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.observation.Observation`]
-        The visits of the patch.
     seed : `int`
         Seed of the noise that is added.
 
@@ -98,4 +94,4 @@ def in_halves(
     halves : `~lsst.coadd.deepprior.patch_data.PatchData`
         The patch with the same canvas and target PSF.
     """
-    return data.anew(NoiseHalves(observations, visit_correlations(data, latent, observations), seed))
+    return data.anew(NoiseHalves(data.observations, visit_correlations(data, latent), seed))

@@ -153,9 +153,9 @@ def _finished(
         if not np.isfinite(image).all():
             raise FloatingPointError(f"The restored image of {band} is not finite; please report this patch.")
     end_of("couple")
-    layers = [coadd_layers(patch.data, patch.points.latent, patch.observations) for patch in patches]
+    layers = [coadd_layers(patch.data, patch.points.latent) for patch in patches]
     end_of("coadd")
-    correlations = [visit_correlations(p.data, p.points.latent, p.observations) for p in patches]
+    correlations = [visit_correlations(p.data, p.points.latent) for p in patches]
     differences, residuals = _draws(patches, images, correlations, settings, progress)
     end_of("noise")
     leakage: list[list[dict[str, Any]]] = [[] for _ in patches]

@@ -93,7 +93,7 @@ def entering_visits(data: PatchData) -> np.ndarray:
     return (overlap > 0.0) & (overlap >= overlap.max(axis=0) - 1e-9)
 
 
-def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[Observation]) -> CoaddLayers:
+def coadd_layers(data: PatchData, latent: torch.Tensor) -> CoaddLayers:
     """Coadd the visits, and what the model leaves of them, in one pass.
 
     Where most visits lie below the model, which cannot be negative, they are judged once more, in another
@@ -106,8 +106,6 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         The visits.
     latent : `torch.Tensor`, (y, x)
         Latent image u on the canvas, in nJy.
-    observations : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.observation.Observation`]
-        The same visits, for their PSFs.
 
     Returns
     -------
@@ -118,13 +116,13 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
     weight = np.where(entering_visits(data), data.weight, 0.0)
     ny, nx = data.layout.shape
     deficit = torch.zeros((ny // step, nx // step), dtype=data.dtype, device=data.device)
-    sums = _sums(data, latent, observations, weight, deficit)
+    sums = _sums(data, latent, weight, deficit)
     if sums.found:
         levels, noise = (torch.stack(images) for images in zip(*sums.levels, strict=True))
         shared = shared_deficit(levels, noise, (ny // step, nx // step))
         if bool((shared.cpu().numpy()[sums.n_rejected > 0] < 0.0).any()):
             deficit = shared
-            sums = _sums(data, latent, observations, weight, deficit)
+            sums = _sums(data, latent, weight, deficit)
     # Where half of the visits or more are far from the model, it is the model that is wrong.
     clipped = (sums.n_rejected > 0) & (2 * sums.n_rejected < sums.count)
     total = sums.total
@@ -145,7 +143,7 @@ def coadd_layers(data: PatchData, latent: torch.Tensor, observations: Sequence[O
         masked=n_visits < sums.n_entering,
         clipped=clipped,
         weight=weight,
-        outliers=_rejected(data, latent, observations, weight, deficit, sums.found, clipped),
+        outliers=_rejected(data, latent, weight, deficit, sums.found, clipped),
         chi2=float(total[4].sum(dtype=np.float64)) / max(int(n_visits.sum()), 1),
     )
     return layers if step == 1 else spread_layers(layers, step)
@@ -187,7 +185,6 @@ class _Sums:
 def _sums(
     data: PatchData,
     latent: torch.Tensor,
-    observations: Sequence[Observation],
     weight: np.ndarray,
     deficit: torch.Tensor,
 ) -> _Sums:
@@ -203,7 +200,7 @@ def _sums(
     found: list[Outlier] = []
     levels: list[tuple[torch.Tensor, torch.Tensor]] = []
     oversubtracted = bool(deficit.any())
-    for index, visit in data.visits():
+    for index, observation, visit in data.read():
         prediction = visit.kernel.forward(latent)
         residual = visit.flux - prediction
         good = visit.weight > 0
@@ -233,7 +230,7 @@ def _sums(
                 levels.append(local_level(own, scale, usable))
             outlier = far.cpu().numpy() & (w > 0)
             n_rejected += outlier
-            psf_at = functools.partial(_stamp_at, observations[index].psf, layout, step)
+            psf_at = functools.partial(_stamp_at, observation.psf, layout, step)
             found += outliers_of_visit(
                 index, outlier, difference - deficit.cpu().numpy(), variance, w > 0, psf_at
             )
@@ -243,14 +240,13 @@ def _sums(
                 term[outlier] = 0.0
         for one, term in zip(total, terms, strict=True):
             one += term
-        psf = _add_stamps(psf, weight[index][:, :, None, None] * np.nan_to_num(observations[index].psf))
+        psf = _add_stamps(psf, weight[index][:, :, None, None] * np.nan_to_num(observation.psf))
     return _Sums(total, set_apart, count, n_good, n_rejected, n_entering, psf, found, levels)
 
 
 def _rejected(
     data: PatchData,
     latent: torch.Tensor,
-    observations: Sequence[Observation],
     weight: np.ndarray,
     deficit: torch.Tensor,
     found: list[Outlier],
@@ -260,7 +256,7 @@ def _rejected(
     inner, step = data.sampled, data.sampling
     outliers = [one for one in found if clipped[one.pixels].all()]
     partly = [one for one in found if clipped[one.pixels].any() and not clipped[one.pixels].all()]
-    for index, _, visit in data.read(sorted({one.visit for one in partly})):
+    for index, observation, visit in data.read(sorted({one.visit for one in partly})):
         outlier = np.zeros(clipped.shape, dtype=bool)
         for group in partly:
             if group.visit == index:
@@ -269,7 +265,7 @@ def _rejected(
         usable = (visit.weight[inner] > 0).cpu().numpy()
         usable &= data.pixel_weight(weight[index].astype(np.float32))[::step, ::step] > 0
         variance = np.where(usable, visit.variance[inner].cpu().numpy(), 1.0)
-        psf_at = functools.partial(_stamp_at, observations[index].psf, data.layout, step)
+        psf_at = functools.partial(_stamp_at, observation.psf, data.layout, step)
         outliers += outliers_of_visit(index, outlier, difference, variance, usable, psf_at)
     return outliers
 
@@ -327,7 +323,7 @@ class NoisyModel(Sequence[Observation]):
         y, x = (o + self._data.margin for o in original.origin)
         ny, nx = original.flux.shape
         prediction = (
-            self._data.visit(index).kernel.forward(self._latent)[y : y + ny, x : x + nx].cpu().numpy()
+            self._data.kernel(index, original).forward(self._latent)[y : y + ny, x : x + nx].cpu().numpy()
         )
         rng = np.random.default_rng([self._seed, index])
         noise = correlated_noise((ny, nx), self._correlations[index], rng)

@@ -14,14 +14,12 @@ from __future__ import annotations
 
 __all__ = ("REACH", "correlated_noise", "noise_correlation", "visit_correlations")
 
-from collections.abc import Sequence
 
 import numpy as np
 import scipy.fft
 import scipy.ndimage
 import torch
 
-from .observation import Observation
 from .outliers import OUTLIER_PSF_ERROR, find_outliers
 from .patch_data import PatchData
 
@@ -129,19 +127,15 @@ def correlated_noise(shape: tuple[int, int], correlation: np.ndarray, rng: np.ra
     return noise[: shape[0], : shape[1]].astype(np.float32)
 
 
-def visit_correlations(
-    data: PatchData, latent: torch.Tensor, observations: Sequence[Observation]
-) -> np.ndarray:
+def visit_correlations(data: PatchData, latent: torch.Tensor) -> np.ndarray:
     """Measure the correlation of the noise of each visit.
 
     Parameters
     ----------
     data : `~lsst.coadd.deepprior.patch_data.PatchData`
-        The visits.
+        The visits. The image of noise alone, where one has it, is measured in place of the sky.
     latent : `torch.Tensor`, (y, x)
         Latent image u on the canvas, in nJy, which is subtracted from the visits.
-    observations : `~collections.abc.Sequence` [`~lsst.coadd.deepprior.observation.Observation`]
-        The same visits. The image of noise alone, where one has it, is measured in place of the sky.
 
     Returns
     -------
@@ -153,8 +147,7 @@ def visit_correlations(
     reach = step * REACH
     result = np.zeros((len(data), 2 * reach + 1, 2 * reach + 1))
     result[:, reach, reach] = 1.0
-    for index, visit in data.visits():
-        observation = observations[index]
+    for index, observation, visit in data.read():
         found = result[index, ::step, ::step]
         if observation.noise is not None:
             own, variance, good = (

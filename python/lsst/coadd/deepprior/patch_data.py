@@ -96,6 +96,8 @@ class PatchData:
         self.shape = layout.canvas_shape(margin)
         self.observations = observations
         """The visits, indexed one at a time."""
+        self.names: list[str] = []
+        """Names of the visits."""
         self._kept_kernels: dict[int, torch.Tensor] = {}
         self._kept_operators: dict[int, CellConvolution] = {}
         self._noise_of_gradient: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -183,6 +185,7 @@ class PatchData:
         ny, nx = observation.flux.shape
         if y0 < 0 or x0 < 0 or y0 + ny > layout.shape[0] or x0 + nx > layout.shape[1]:
             raise ValueError(f"{observation.name} reaches outside the patch of shape {layout.shape}.")
+        self.names.append(observation.name)
         has_psf = observation.has_psf
         for i, j in itertools.product(range(layout.n_i), range(layout.n_j)):
             cell_y, cell_x = layout.cell_slice(i, j)
@@ -216,7 +219,7 @@ class PatchData:
             self._kept_kernels[index] = result
         return result
 
-    def _operator(self, index: int, observation: Observation) -> CellConvolution:
+    def kernel(self, index: int, observation: Observation) -> CellConvolution:
         """Make the operator of a visit, which is right where the visit has weight."""
         if index in self._kept_operators:
             return self._kept_operators[index]
@@ -271,7 +274,7 @@ class PatchData:
             flux=self._on_canvas(observation.flux, origin, good),
             variance=self._on_canvas(observation.variance, origin, good, 1.0),
             weight=weight,
-            kernel=self._operator(index, observation),
+            kernel=self.kernel(index, observation),
         )
 
     def _cells_of(self, canvas: torch.Tensor) -> torch.Tensor:
@@ -282,12 +285,13 @@ class PatchData:
 
     def visits(self) -> Iterator[tuple[int, VisitTensors]]:
         """Iterate over visits with at least one good pixel, one in memory at a time."""
-        usable = np.flatnonzero(self.weight.any(axis=(1, 2))).tolist()
-        for index, _, visit in self.read(usable):
+        for index, _, visit in self.read():
             yield index, visit
 
-    def read(self, indices: Sequence[int]) -> Iterator[tuple[int, Observation, VisitTensors]]:
-        """Iterate over some visits, one in memory at a time."""
+    def read(self, indices: Sequence[int] | None = None) -> Iterator[tuple[int, Observation, VisitTensors]]:
+        """Iterate over some visits, or those with at least one good pixel, one in memory at a time."""
+        if indices is None:
+            indices = np.flatnonzero(self.weight.any(axis=(1, 2))).tolist()
         images = _FREED_IMAGES * self.dtype.itemsize * self.shape[0] * self.shape[1]
         for index in indices:
             give_freed_memory_back(beyond=max(images, _FREED_BYTES))

@@ -182,11 +182,11 @@ def restore(
     image = fitted.image(latent)
     if not np.isfinite(image).all():
         raise FloatingPointError("The restored image is not finite; please report this patch.")
-    layers = coadd_layers(data, latent, observations)
+    layers = coadd_layers(data, latent)
     times["coadd"] = time.monotonic() - mark
     give_freed_memory_back()
     mark = time.monotonic()
-    correlations = visit_correlations(data, latent, observations)
+    correlations = visit_correlations(data, latent)
     variance, draws, residual_draws = _variance(fitted, correlations, progress)
     times["noise"] = time.monotonic() - mark
     give_freed_memory_back()
@@ -309,10 +309,7 @@ def _metrics(
         "settings": dataclasses.asdict(fitted.settings),
         "psf": {
             "target_fwhm_pixels": data.sigma * FWHM_PER_SIGMA,
-            "visit_fwhm_pixels": {
-                observation.name: float(s)
-                for observation, s in zip(fitted.observations, data.seeing, strict=True)
-            },
+            "visit_fwhm_pixels": {name: float(s) for name, s in zip(data.names, data.seeing, strict=True)},
             "injected_stars": leakage,
         },
         "noise": {
