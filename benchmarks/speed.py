@@ -131,9 +131,9 @@ def quantum(size: int, n_visits: int, start: str, device: str, cores: int) -> di
             return butler.get(ref)
 
         metrics = only("deep_prior_coadd_metrics")
-        metadata = only("deepPriorCoadd_metadata")["quantum"]
+        restoring = only("deepPriorCoadd_metadata")
         measuring = only("measureDeepPriorCoadd_metadata")["quantum"]
-    seconds = metrics["seconds"]
+    seconds, metadata = metrics["seconds"], restoring["quantum"]
     begin, end = (metadata[f"{name}Utc"] for name in ("start", "end"))
     total = speed_report.seconds_between(str(begin), str(end))
     phases = {
@@ -147,6 +147,7 @@ def quantum(size: int, n_visits: int, start: str, device: str, cores: int) -> di
         "total": total,
         "cpu": metadata["endCpuTime"] - metadata["startCpuTime"],
         "peak_gb": metadata["endMaxResidentSetSize"] / 1e9,
+        "gpu_peak_gb": restoring["deepPriorCoadd"]["gpu_peak_bytes"] / 1e9,
         "measure_cpu": measuring["endCpuTime"] - measuring["startCpuTime"],
         "measure_peak_gb": measuring["endMaxResidentSetSize"] / 1e9,
         "method": metrics["method"],

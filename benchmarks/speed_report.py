@@ -203,9 +203,12 @@ def _targets(found: _Found) -> list[str]:
         name = f"3400x3400, 32 visits, {start}, GPU, without reading"
         if gpu:
             spent = _median(gpu, "total") - _median(gpu, "phases", "read")
+            peak_gb = _median(gpu, "gpu_peak_gb")
             rows.append(_line(name, f"at most {limit:.0f} s", f"{spent:.1f} s", spent <= limit))
+            rows.append(_line(f"{name}, its peak", "below 24 GB", f"{peak_gb:.1f} GB", peak_gb < 24.0))
         else:
             rows.append(_line(name, f"at most {limit:.0f} s", NOT_RUN, None))
+            rows.append(_line(f"{name}, its peak", "below 24 GB", NOT_RUN, None))
     rows += _first_pass(found, parts)
     if parts:
         ratio = parts[0]["start-up"]["ours"] / parts[0]["start-up"]["alone"]

@@ -40,7 +40,7 @@ from ..warp_streams import WarpObservations, cell_layout, default_cache_bytes
 from ..warps import Warp, WarpInfo
 from .deep_prior_coadd_config import DeepPriorCoaddConfig
 from .direct_warp_inputs import read_warps
-from .execution import memory_of, restore_on_node
+from .execution import gpu_peak_bytes, memory_of, restore_on_node
 from .geometry import pixel_scale, pixel_to_sky
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ class DeepPriorCoaddTask(PipelineTask):
         result.metrics["seconds"]["task"] = time.monotonic() - started
         self.metadata["n_warps_used"] = len(inputs.infos)
         self.metadata["n_warps_left_out"] = len(inputs.left_out)
+        self.metadata["gpu_peak_bytes"] = gpu_peak_bytes(device)
         self.log.info("%s: restored in %.0f s.", inputs.label, result.metrics["seconds"]["task"])
         return result
 

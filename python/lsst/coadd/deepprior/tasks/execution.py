@@ -143,7 +143,7 @@ def run_on_node[T](
     """
     import torch
 
-    from ..batches import Batches
+    from ..batches import Batches, is_out_of_memory
     from ..parallel import keep_freed_memory
 
     warn = partial(log.warning, "%s: %s.", label)
@@ -155,13 +155,31 @@ def run_on_node[T](
     keep_freed_memory()
     try:
         return work(device, progress, Batches(warn)), device
-    except torch.OutOfMemoryError as err:
-        if device == "cpu" or not config.cpu_fallback:
+    except RuntimeError as err:
+        if device == "cpu" or not config.cpu_fallback or not is_out_of_memory(err):
             raise
         warn(f"the memory of {device} does not suffice; going on on the CPU ({err})")
     # Behind the handler, where nothing refers to what the failed restoration has allocated.
     torch.cuda.empty_cache()
     return work("cpu", progress, Batches(warn)), "cpu"
+
+
+def gpu_peak_bytes(device: str) -> int:
+    """Return the largest number of bytes of a GPU that torch has held in this process, 0 on a CPU.
+
+    Parameters
+    ----------
+    device : `str`
+        Where a quantum was computed.
+
+    Returns
+    -------
+    n_bytes : `int`
+        The number.
+    """
+    import torch
+
+    return torch.cuda.max_memory_reserved(device) if device.startswith("cuda") else 0
 
 
 def refined_observations(

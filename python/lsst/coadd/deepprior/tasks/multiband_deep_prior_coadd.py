@@ -39,7 +39,7 @@ from ..warps import Warp
 from .deep_prior_coadd import BandInputs, DeepPriorCoaddTask, visit_psf_refs
 from .deep_prior_coadd_config import DeepPriorCoaddConfig, DeepPriorCoaddConnections
 from .direct_warp_inputs import read_warps
-from .execution import memory_of, open_checkpoint, refined_observations, run_on_node
+from .execution import gpu_peak_bytes, memory_of, open_checkpoint, refined_observations, run_on_node
 
 if TYPE_CHECKING:
     from ..batches import Batches
@@ -251,6 +251,7 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
         )
         self.metadata["n_warps_used"] = sum(len(one.infos) for one in inputs.values())
         self.metadata["n_warps_left_out"] = sum(len(one.left_out) for one in inputs.values())
+        self.metadata["gpu_peak_bytes"] = gpu_peak_bytes(device)
         self.log.info("%s: restored in %.0f s.", label, seconds)
         return Struct(bands=results, picture=picture)
 
