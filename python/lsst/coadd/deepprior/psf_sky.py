@@ -104,9 +104,8 @@ class RefinementSky:
         self.reach = _REACH * seeing
         self.width = 2 * round(0.5 * seeing) + 1
         self._fft_shape = tuple(scipy.fft.next_fast_len(n + 4 * round(seeing), real=True) for n in data.shape)
-        self._transfer = torch.as_tensor(basis.transfer(self._fft_shape), device=data.device).to(
-            torch.complex64
-        )
+        transfer = basis.transfer(self._fft_shape, np.complex64)
+        self._transfer = torch.as_tensor(transfer, device=data.device)
         self.latent = points.latent
         candidates = self._candidates(points)
         self.n_candidates = len(candidates)
