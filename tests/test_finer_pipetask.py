@@ -72,6 +72,19 @@ def test_wrong_skymaps_are_refused(own_repo: Path, tmp_path: Path) -> None:
     assert register(tmp_path / "nothing")[0] != 0
 
 
+def test_graph_without_a_finer_skymap(repo: Path) -> None:
+    """The message is that of the graph builder; the page on finer pixels names its cause."""
+    result = pipetask("qgraph", "-b", repo, "-o", "u/test/graph", "-i", "deepprior/warps", "-p", FINER)
+    assert result.returncode == 1, result.stdout
+    page = (Path(__file__).parents[1] / "doc/lsst.coadd.deepprior/finer-pixels.rst").read_text()
+    for words in (
+        "No datasets for overall-input 'deep_prior_finer_skymap' found",
+        "probably a bug in either the pipeline definition",
+    ):
+        assert words in result.stdout
+        assert words in page
+
+
 def test_graphs(own_repo: Path) -> None:
     """The finer pipeline takes the patches of its own skymap, and the normal one those of the warps."""
     graph = ["qgraph", "-b", own_repo, "-o", "u/test/graph"]
@@ -81,6 +94,9 @@ def test_graphs(own_repo: Path) -> None:
     result = pipetask(*graph, "-i", INPUTS, "-p", FINER, "-c", "parameters:oversampling=3")
     assert result.returncode == 1, result.stdout
     assert "QuantumGraph contains no quanta" in result.stdout
+    reason = "The pixels of the skymap deepprior_sim_x2 are not 3 times finer"
+    assert result.stdout.count(reason) == 1
+    assert "deepprior finer-skymap --oversampling 3 registers" in result.stdout
     for inputs in ("deepprior/warps", INPUTS):
         result = pipetask(*graph, "-i", inputs, "-p", PIPELINE)
         assert result.returncode == 0, result.stdout
