@@ -60,6 +60,35 @@ def test_skymap_is_registered_once(own_repo: Path) -> None:
         assert stored == {"skymap": "deepprior_sim", "oversampling": 2}
 
 
+def test_a_sky_map_that_was_registered_before_stays(repo: Path, tmp_path: Path) -> None:
+    """With a hash and regions of its own, as lsst.skymap registers it: what is missing is added to it."""
+    path = tmp_path / "repo"
+    shutil.copytree(repo, path)
+    name = "deepprior_sim_x2"
+    own = {"name": name, "hash": b"of its definition".ljust(20), "tract_max": 12, "patch_nx_max": 3}
+    with Butler.from_config(path, writeable=True) as butler:
+        (tract,) = butler.query_dimension_records("tract", data_id={"skymap": "deepprior_sim"})
+        patch, other = butler.query_dimension_records("patch", data_id={"skymap": "deepprior_sim"})
+        registry = butler.registry
+        registry.syncDimensionData("skymap", own)
+        registry.syncDimensionData("tract", tract.toDict() | {"skymap": name, "region": patch.region})
+        registry.syncDimensionData("patch", patch.toDict() | {"skymap": name, "cell_x": 7})
+    code, output = register(path, "--skymap", "deepprior_sim")
+    assert code == 0, output
+    assert "has 2 patches" in output
+    with Butler.from_config(path, writeable=True) as butler:
+        (skymap,) = butler.query_dimension_records("skymap", data_id={"skymap": name})
+        assert own.items() <= skymap.toDict().items()
+        (tract,) = butler.query_dimension_records("tract", data_id={"skymap": name})
+        assert tract.region == patch.region
+        patches = butler.query_dimension_records("patch", data_id={"skymap": name})
+        assert {record.id: record.cell_x for record in patches} == {patch.id: 7, other.id: other.cell_x}
+        assert not butler.registry.syncDimensionData("skymap", own)
+        assert butler.find_dataset(
+            "deep_prior_finer_skymap", skymap=name, collections="deepprior/finer_skymaps"
+        )
+
+
 def test_wrong_skymaps_are_refused(own_repo: Path, tmp_path: Path) -> None:
     for options, message in (
         (("--skymap", "deepprior_sim_x2"), "has finer pixels already"),
