@@ -125,7 +125,7 @@ class RefinementSky:
         margin, (ny, nx) = data.margin, data.layout.shape
         power = data.gram_kernel()
         half = power.shape[-1] // 2
-        # For a point the kernel of A holds the inner kernel too, so this is somewhat less than its S/N.
+        # The kernels lack the inner one, so this is somewhat more than the S/N of a point.
         information = data.pixel_weight(power[..., half, half].cpu().numpy())
         rows, columns = (np.rint(every[:, k]).astype(int) - margin for k in (0, 1))
         inside = np.flatnonzero((rows >= 0) & (rows < ny) & (columns >= 0) & (columns < nx))
