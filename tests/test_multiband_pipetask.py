@@ -130,6 +130,8 @@ def test_psfs_that_are_learned(by_band: dict[str, list[Warp]]) -> None:
     for band, one in result.bands.items():
         assert len(one.visit_psfs) == len(by_band[band])
         assert "psf_refinement" in one.metrics
+        seconds = one.metrics["seconds"]
+        assert 0.0 < seconds["refine"] < seconds["task"] - seconds["total"]
 
 
 def test_fits_go_on_where_they_were(by_band: dict[str, list[Warp]], tmp_path: Path) -> None:
