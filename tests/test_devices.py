@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,15 @@ import torch
 from accelerator import ACCELERATOR, PretendedAccelerator, WrongDeviceError
 from toy import observe
 
+from lsst.coadd.deepprior import psf_refinement
 from lsst.coadd.deepprior.conditions import AXES
 from lsst.coadd.deepprior.fit import make_trunk
 from lsst.coadd.deepprior.fitted_patch import RestoreSettings
 from lsst.coadd.deepprior.multiband import restore_bands
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
+from lsst.coadd.deepprior.psf_refinement import refine_psfs
+from lsst.coadd.deepprior.psf_sky import RefinementSky
 from lsst.coadd.deepprior.restore import restore
 from lsst.coadd.deepprior.training import Trainer, TrainingPatch, TrainSettings
 from lsst.coadd.deepprior.weights import TrainedNetwork
@@ -83,6 +87,30 @@ def test_bands_are_coupled_where_they_are_restored() -> None:
     for band, one in expected.items():
         np.testing.assert_array_equal(result[band].image, one.image)
         np.testing.assert_array_equal(result[band].variance, one.variance)
+
+
+@pytest.mark.parametrize("n_stars", [5, 3])
+def test_psfs_are_learned_where_patches_are_restored(n_stars: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stars that anchor them, and with too few."""
+    devices = []
+
+    class Noted(RefinementSky):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            devices.append(self.other_light.device)
+
+    layout = CellLayout(1, 1, 76, 80)
+    places = [(16.3, 18.6), (40.1, 58.2), (62.7, 20.4), (18.2, 54.8), (60.4, 50.3)]
+    stars = [(x, y, 2000.0) for x, y in places[:n_stars]]
+    visits = observe(layout, stars, [1.7, 2.1], seed=3, masked_fraction=0.01, stamp=23)
+    expected = refine_psfs(visits, layout, base_steps=5)
+    assert expected.anchored == (n_stars == 5)
+    monkeypatch.setattr(psf_refinement, "RefinementSky", Noted)
+    with PretendedAccelerator():
+        result = refine_psfs(visits, layout, base_steps=5, device=ACCELERATOR)
+    assert set(devices) == {ACCELERATOR}
+    for name in ("stamps", "flux_scale", "shift", "background", "stars", "fwhm_error"):
+        np.testing.assert_array_equal(getattr(result, name), getattr(expected, name))
 
 
 def test_training_makes_every_tensor_where_it_computes() -> None:

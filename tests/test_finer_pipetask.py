@@ -60,6 +60,35 @@ def test_skymap_is_registered_once(own_repo: Path) -> None:
         assert stored == {"skymap": "deepprior_sim", "oversampling": 2}
 
 
+def test_a_sky_map_that_was_registered_before_stays(repo: Path, tmp_path: Path) -> None:
+    """With a hash and regions of its own, as lsst.skymap registers it: what is missing is added to it."""
+    path = tmp_path / "repo"
+    shutil.copytree(repo, path)
+    name = "deepprior_sim_x2"
+    own = {"name": name, "hash": b"of its definition".ljust(20), "tract_max": 12, "patch_nx_max": 3}
+    with Butler.from_config(path, writeable=True) as butler:
+        (tract,) = butler.query_dimension_records("tract", data_id={"skymap": "deepprior_sim"})
+        patch, other = butler.query_dimension_records("patch", data_id={"skymap": "deepprior_sim"})
+        registry = butler.registry
+        registry.syncDimensionData("skymap", own)
+        registry.syncDimensionData("tract", tract.toDict() | {"skymap": name, "region": patch.region})
+        registry.syncDimensionData("patch", patch.toDict() | {"skymap": name, "cell_x": 7})
+    code, output = register(path, "--skymap", "deepprior_sim")
+    assert code == 0, output
+    assert "has 2 patches" in output
+    with Butler.from_config(path, writeable=True) as butler:
+        (skymap,) = butler.query_dimension_records("skymap", data_id={"skymap": name})
+        assert own.items() <= skymap.toDict().items()
+        (tract,) = butler.query_dimension_records("tract", data_id={"skymap": name})
+        assert tract.region == patch.region
+        patches = butler.query_dimension_records("patch", data_id={"skymap": name})
+        assert {record.id: record.cell_x for record in patches} == {patch.id: 7, other.id: other.cell_x}
+        assert not butler.registry.syncDimensionData("skymap", own)
+        assert butler.find_dataset(
+            "deep_prior_finer_skymap", skymap=name, collections="deepprior/finer_skymaps"
+        )
+
+
 def test_wrong_skymaps_are_refused(own_repo: Path, tmp_path: Path) -> None:
     for options, message in (
         (("--skymap", "deepprior_sim_x2"), "has finer pixels already"),
@@ -72,6 +101,19 @@ def test_wrong_skymaps_are_refused(own_repo: Path, tmp_path: Path) -> None:
     assert register(tmp_path / "nothing")[0] != 0
 
 
+def test_graph_without_a_finer_skymap(repo: Path) -> None:
+    """The message is that of the graph builder; the page on finer pixels names its cause."""
+    result = pipetask("qgraph", "-b", repo, "-o", "u/test/graph", "-i", "deepprior/warps", "-p", FINER)
+    assert result.returncode == 1, result.stdout
+    page = (Path(__file__).parents[1] / "doc/lsst.coadd.deepprior/finer-pixels.rst").read_text()
+    for words in (
+        "No datasets for overall-input 'deep_prior_finer_skymap' found",
+        "probably a bug in either the pipeline definition",
+    ):
+        assert words in result.stdout
+        assert words in page
+
+
 def test_graphs(own_repo: Path) -> None:
     """The finer pipeline takes the patches of its own skymap, and the normal one those of the warps."""
     graph = ["qgraph", "-b", own_repo, "-o", "u/test/graph"]
@@ -81,6 +123,9 @@ def test_graphs(own_repo: Path) -> None:
     result = pipetask(*graph, "-i", INPUTS, "-p", FINER, "-c", "parameters:oversampling=3")
     assert result.returncode == 1, result.stdout
     assert "QuantumGraph contains no quanta" in result.stdout
+    reason = "The pixels of the skymap deepprior_sim_x2 are not 3 times finer"
+    assert result.stdout.count(reason) == 1
+    assert "deepprior finer-skymap --oversampling 3 registers" in result.stdout
     for inputs in ("deepprior/warps", INPUTS):
         result = pipetask(*graph, "-i", inputs, "-p", PIPELINE)
         assert result.returncode == 0, result.stdout

@@ -71,9 +71,12 @@ def test_connections() -> None:
     assert connections.outputs - single.outputs == {"picture"}
 
 
-@pytest.mark.parametrize(
+STARTS = pytest.mark.parametrize(
     ("init", "base_steps", "method"), [("pretrained", 240, "pretrained"), ("scratch", 10, "scratch")]
 )
+
+
+@STARTS
 def test_bands_share_one_target(
     by_band: dict[str, list[Warp]], init: str, base_steps: int, method: str
 ) -> None:
@@ -89,13 +92,17 @@ def test_bands_share_one_target(
     assert "coupled with g" in result.bands["r"].metrics["method"]
 
 
-def test_without_coupling_it_is_the_task_of_one_band(by_band: dict[str, list[Warp]]) -> None:
-    result = quick_task(coupling=False).run(warps=by_band)
+@STARTS
+def test_without_coupling_it_is_the_task_of_one_band(
+    by_band: dict[str, list[Warp]], init: str, base_steps: int, method: str
+) -> None:
+    result = quick_task(coupling=False, init=init, base_steps=base_steps).run(warps=by_band)
     for band, warps in by_band.items():
         config = DeepPriorCoaddConfig()
-        config.update(**QUICK_SETTINGS)
+        config.update(**(QUICK_SETTINGS | {"init": init, "base_steps": base_steps}))
         single = DeepPriorCoaddTask(config=config).run(warps=warps)
         own = result.bands[band]
+        assert method in own.metrics["method"]
         for name in ("coadd", "residual"):
             one, other = getattr(single, name), getattr(own, name)
             for plane in ("image", "variance"):
@@ -123,6 +130,8 @@ def test_psfs_that_are_learned(by_band: dict[str, list[Warp]]) -> None:
     for band, one in result.bands.items():
         assert len(one.visit_psfs) == len(by_band[band])
         assert "psf_refinement" in one.metrics
+        seconds = one.metrics["seconds"]
+        assert 0.0 < seconds["refine"] < seconds["task"] - seconds["total"]
 
 
 def test_fits_go_on_where_they_were(by_band: dict[str, list[Warp]], tmp_path: Path) -> None:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -55,6 +57,18 @@ def test_flux_and_shifts_on_a_grid_of_unequal_sides() -> None:
         (SHIFT_Y, star * (y - y0) / SIGMA**2),
     ):
         np.testing.assert_allclose(changes[place], expected, atol=1e-5)
+
+
+def test_transforms_are_in_memory_once() -> None:
+    basis = PsfBasis(SIGMA)
+    tracemalloc.start()
+    double = basis.transfer((256, 300))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * double.nbytes
+    single = basis.transfer((256, 300), np.complex64)
+    assert single.dtype == np.complex64
+    np.testing.assert_array_equal(single, double.astype(np.complex64))
 
 
 def test_corrected_stamps_are_psfs_whatever_the_coefficients() -> None:

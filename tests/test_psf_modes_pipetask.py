@@ -40,6 +40,8 @@ def test_task(warps: list[Warp], init: str, base_steps: int, caplog: pytest.LogC
         result = DeepPriorCoaddTask(config=config).run(warps=warps)
     assert init in result.metrics["method"]
     assert len(result.visit_psfs) == len(warps)
+    seconds = result.metrics["seconds"]
+    assert 0.0 < seconds["refine"] < seconds["task"] - seconds["total"]
     numbers = result.metrics["psf_refinement"]
     assert yaml.safe_load(yaml.safe_dump(numbers)) == numbers
     assert set(numbers["visits"]) == {warp.label for warp in warps}

@@ -106,6 +106,23 @@ def test_a_star_with_a_fainter_companion_does_not_tell_the_psf() -> None:
     assert list(distance.min(axis=1) < 1.0) == [False] + [True] * (len(STARS) - 1)
 
 
+@pytest.mark.parametrize(
+    ("snrs", "anchored"),
+    [([400.0] * 5, True), ([400.0] * 4, False), ([400.0] * 4 + [53.0], True), ([400.0] * 4 + [43.0], False)],
+)
+def test_five_stars_of_signal_to_noise_50_anchor(snrs: list[float], anchored: bool) -> None:
+    layout, seeing = CellLayout(1, 1, 76, 80), SEEING[:3]
+    noise = 1.0 / np.sqrt(np.sum(1.0 / (4.0 * np.pi * np.square(seeing))))
+    places = [(16.3, 18.6), (40.1, 58.2), (62.7, 20.4), (18.2, 54.8), (60.4, 50.3)]
+    stars = [(x, y, snr * noise) for (x, y), snr in zip(places, snrs, strict=False)]
+    refinement = refine_psfs(observe(layout, stars, seeing, seed=3, stamp=23), layout, base_steps=20)
+    assert refinement.anchored == anchored
+    assert len(refinement.stars) == (5 if anchored else 0)
+    assert refinement.n_candidates == sum(snr > 50.0 for snr in snrs)
+    for visit in range(3):
+        assert refinement.flags(visit)["not_anchored"] == (not anchored)
+
+
 def test_guesses_of_the_seeing_are_enough_with_stars() -> None:
     guesses = [1.12, 0.93, 0.88, 1.05]
     visits = [

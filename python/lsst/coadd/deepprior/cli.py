@@ -114,7 +114,8 @@ def finer_skymap(repo: str, skymap: str, oversampling: str, run: str) -> None:
     """Register a skymap with finer pixels in the Butler repository REPO.
 
     It has the tracts and patches of the skymap of the warps, and its name with _x2 or _x3 behind it. Run this
-    again when patches have been added; what is there already stays.
+    again when patches have been added; what is there already stays. If the finer pixels get a skyMap dataset
+    too, register the sky map first, then run this.
     """
     try:
         check_run_name(run)

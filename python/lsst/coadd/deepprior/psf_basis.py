@@ -33,6 +33,7 @@ import dataclasses
 import math
 
 import numpy as np
+import numpy.typing as npt
 import scipy.fft
 
 from .psf import FWHM_PER_SIGMA, fwhm, shift_stamp
@@ -113,17 +114,19 @@ class PsfBasis:
         """The parameters of size and ellipticity of the least width."""
         return [_N_OTHERS + mode for mode in range(3)]
 
-    def transfer(self, shape: tuple[int, int]) -> np.ndarray:
+    def transfer(self, shape: tuple[int, int], dtype: npt.DTypeLike = np.complex128) -> np.ndarray:
         """Return the Fourier transforms of flux, shifts and modes on a grid.
 
         Parameters
         ----------
         shape : `tuple` [`int`, `int`]
             Shape (y, x) of the grid in pixels.
+        dtype : `numpy.typing.DTypeLike`, optional
+            Complex type of the result; each transform is computed in double precision.
 
         Returns
         -------
-        transfer : `numpy.ndarray`, (3 + n_modes, y, x // 2 + 1), complex
+        transfer : `numpy.ndarray`, (3 + n_modes, y, x // 2 + 1)
             To be multiplied with the output of a real Fourier transform.
         """
         wy = 2.0 * np.pi * scipy.fft.fftfreq(shape[0])[:, None]
@@ -131,15 +134,15 @@ class PsfBasis:
         # A pixel of odd derivatives at the highest frequency has no sign.
         iy = 1j * np.where(np.abs(wy) < np.pi, wy, 0.0)
         ix = 1j * np.where(np.abs(wx) < np.pi, wx, 0.0)
-        ones = np.ones((shape[0], shape[1] // 2 + 1), dtype=complex)
-        result = [ones, -ix * ones, -iy * ones]
-        for mode in _MODES:
+        result = np.empty((SHIFT_Y + 1 + self.n_modes, shape[0], shape[1] // 2 + 1), dtype=dtype)
+        result[FLUX], result[SHIFT_X], result[SHIFT_Y] = 1.0, -ix, -iy
+        for transform, mode in zip(result[SHIFT_Y + 1 :], _MODES, strict=True):
             smooth = np.exp(-0.5 * (mode.width * self.sigma) ** 2 * (wx**2 + wy**2))
             derivative = sum(
                 factor * (-self.sigma * ix) ** p * (-self.sigma * iy) ** q for factor, p, q in mode.terms
             )
-            result.append(derivative * smooth)
-        return np.array(result)
+            transform[...] = derivative * smooth
+        return result
 
     def prior(self, blind: bool, anchored: bool) -> np.ndarray:
         """Return the standard deviations that the parameters start with, (parameter,); 0 for the background.

@@ -104,9 +104,8 @@ class RefinementSky:
         self.reach = _REACH * seeing
         self.width = 2 * round(0.5 * seeing) + 1
         self._fft_shape = tuple(scipy.fft.next_fast_len(n + 4 * round(seeing), real=True) for n in data.shape)
-        self._transfer = torch.as_tensor(basis.transfer(self._fft_shape), device=data.device).to(
-            torch.complex64
-        )
+        transfer = basis.transfer(self._fft_shape, np.complex64)
+        self._transfer = torch.as_tensor(transfer, device=data.device)
         self.latent = points.latent
         candidates = self._candidates(points)
         self.n_candidates = len(candidates)
@@ -126,7 +125,7 @@ class RefinementSky:
         margin, (ny, nx) = data.margin, data.layout.shape
         power = data.gram_kernel()
         half = power.shape[-1] // 2
-        # For a point the kernel of A holds the inner kernel too, so this is somewhat less than its S/N.
+        # The kernels lack the inner one, so this is somewhat more than the S/N of a point.
         information = data.pixel_weight(power[..., half, half].cpu().numpy())
         rows, columns = (np.rint(every[:, k]).astype(int) - margin for k in (0, 1))
         inside = np.flatnonzero((rows >= 0) & (rows < ny) & (columns >= 0) & (columns < nx))

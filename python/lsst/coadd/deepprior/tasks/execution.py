@@ -12,6 +12,7 @@ __all__ = ("memory_of", "open_checkpoint", "refined_observations", "restore_on_n
 import dataclasses
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -92,7 +93,9 @@ def restore_on_node(
         kept = open_checkpoint(config, log, inputs_digest(observations), settings, checkpoint)
 
     def restore_on(device: str, progress: Progress, batches: Batches) -> tuple[Any, Any]:
-        visits, refinement = refined_observations(config, observations, layout, settings, device, progress)
+        visits, refinement, seconds = refined_observations(
+            config, observations, layout, settings, device, progress
+        )
         restoration = restore(
             visits,
             layout,
@@ -103,6 +106,8 @@ def restore_on_node(
             checkpoint=kept,
             batches=batches,
         )
+        if refinement is not None:
+            restoration.metrics["seconds"]["refine"] = seconds
         return restoration, refinement
 
     (restoration, refinement), device = run_on_node(config, log, label, restore_on)
@@ -189,7 +194,7 @@ def refined_observations(
     settings: RestoreSettings,
     device: str,
     progress: Progress,
-) -> tuple[Sequence[Observation], PsfRefinement | None]:
+) -> tuple[Sequence[Observation], PsfRefinement | None, float]:
     """Return the visits with the PSFs that are to be used, and how these were learned, if they were.
 
     Parameters
@@ -207,11 +212,14 @@ def refined_observations(
         The visits.
     refinement : `~lsst.coadd.deepprior.psf_refinement.PsfRefinement` or `None`
         What was learned.
+    seconds : `float`
+        Time that learning took.
     """
     from ..psf_refinement import CorrectedObservations, refine_psfs
 
     if config.psf_mode == "known":
-        return observations, None
+        return observations, None, 0.0
+    started = time.monotonic()
     refinement = refine_psfs(
         observations,
         layout,
@@ -220,7 +228,7 @@ def refined_observations(
         device=device,
         progress=progress,
     )
-    return CorrectedObservations(observations, refinement), refinement
+    return CorrectedObservations(observations, refinement), refinement, time.monotonic() - started
 
 
 def open_checkpoint(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ("FinerDeepPriorCoaddConfig", "FinerDeepPriorCoaddConnections", "FinerDeepPriorCoaddTask")
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from lsst.pipe.base import NoWorkFound, Struct
 from lsst.pipe.base.connectionTypes import Input
 
 from ..finer_skymap_dataset import FINER_SKYMAP_DATASET_TYPE, FINER_SKYMAP_STORAGE_CLASS
-from ..finer_warps import FinerWarps
+from ..finer_warps import FinerWarps, normal_skymap
 from ..warps import Warp
 from .deep_prior_coadd import DeepPriorCoaddTask
 from .deep_prior_coadd_config import DeepPriorCoaddConfig, DeepPriorCoaddConnections
@@ -25,6 +26,8 @@ from .finer_inputs import FinerConfig, look_up_in_normal_skymap
 
 if TYPE_CHECKING:
     from ..weights import TrainedNetwork
+
+_LOG = logging.getLogger(__name__)
 
 
 class FinerDeepPriorCoaddConnections(
@@ -41,10 +44,23 @@ class FinerDeepPriorCoaddConnections(
 
     def __init__(self, *, config: FinerDeepPriorCoaddConfig) -> None:
         super().__init__(config=config)
+        self._oversampling = config.oversampling
+        self._other_skymaps: set[str] = set()
         look_up_in_normal_skymap(self, config.oversampling)
 
     def adjustQuantum(self, inputs: Any, outputs: Any, label: str, data_id: Any) -> Any:  # noqa: N802
         """Leave out patches without warps, and skymaps that are finer by another factor."""
+        skymap, oversampling = str(data_id["skymap"]), self._oversampling
+        if normal_skymap(skymap, oversampling) is None:
+            message = (
+                f"The pixels of the skymap {skymap} are not {oversampling} times finer than those of warps; "
+                f"deepprior finer-skymap --oversampling {oversampling} registers a skymap of such pixels."
+            )
+            # The graph builder shows why a quantum has no work only at level DEBUG.
+            if skymap not in self._other_skymaps:
+                self._other_skymaps.add(skymap)
+                _LOG.info(message)
+            raise NoWorkFound(message)
         _, refs = inputs["direct_warps" if "direct_warps" in inputs else "warps"]
         if not refs:
             raise NoWorkFound(f"There are no warps for {data_id}.")
