@@ -81,7 +81,7 @@ FAMILIES = {
         'Stars and galaxies of the standard family, seeing 0.60" to 0.85", one target of 0.40"',
         dataclasses.replace(_FIELD, seeing=(0.60, 0.85), n_visits=12, n_trails=1, partial_fraction=0.25),
         target=0.40,
-        scenes=(3, 1),
+        scenes=(8, 1),
     ),
     "glow": Family(
         'Empty sky with a smooth glow, seeing 0.42" to 0.48"',
