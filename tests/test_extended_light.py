@@ -113,10 +113,10 @@ def test_the_visits_are_read_once_more_where_one_of_them_has_a_trail(monkeypatch
     visits[0].flux[20:28] += 8.0
     data = patch_of(visits)
     sets, read = data.sets(), []
-    visit_of = data.read
-    monkeypatch.setattr(data, "read", lambda some: read.extend(some) or visit_of(some))
+    visit_of, every = data.read, range(len(SIGMAS))
+    monkeypatch.setattr(data, "read", lambda some=every: read.extend(some) or visit_of(some))
     assert torch.equal(regain_extended_light(data, sets, dark(data)), dark(data))
-    assert sorted(read) == sorted(2 * list(range(len(SIGMAS))))
+    assert sorted(read) == sorted(2 * list(every))
 
 
 def test_a_star_with_a_wrong_psf_gets_no_halo() -> None:
