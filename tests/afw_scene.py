@@ -3,7 +3,10 @@
 # Use of this source code is governed by a 3-clause BSD-style
 # license that can be found in the LICENSE file.
 
-"""Exposures, sky maps and checks with real objects of the Science Pipelines, for tests that have these."""
+"""Exposures, sky maps and checks with real objects of the Science Pipelines.
+
+Tests that import them are skipped without these.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 from astropy.table import Table
+
+pytest.importorskip("lsst.afw.image")
+pytest.importorskip("lsst.cell_coadds")
+pytest.importorskip("lsst.meas.algorithms")
+pytest.importorskip("lsst.meas.base")
+pytest.importorskip("lsst.skymap")
 
 import lsst.afw.geom
 import lsst.afw.image

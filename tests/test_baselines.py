@@ -12,6 +12,7 @@ from toy import observe
 
 from lsst.coadd.deepprior.baselines import (
     AcceleratedSteps,
+    gaussian_smooth,
     maximum_likelihood,
     maximum_likelihood_step,
     robust_start,
@@ -22,6 +23,21 @@ from lsst.coadd.deepprior.statistics import SetStatistics, VisitSets
 
 LAYOUT, MARGIN = CellLayout(1, 2, 40, 30), 8
 CENTRE = MARGIN + 20, MARGIN + 30
+
+
+def test_gpus_do_not_round_what_is_smoothed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFloat-32 is off in both convolutions, and afterwards as it was."""
+    convolve, rounded = torch.nn.functional.conv2d, []
+
+    def watched(*args: torch.Tensor, **kwargs: tuple[int, int]) -> torch.Tensor:
+        rounded.append(torch.backends.cudnn.allow_tf32)
+        return convolve(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
+    before = torch.backends.cudnn.allow_tf32
+    gaussian_smooth(torch.ones(1, 9, 8), 0.8)
+    assert rounded == [False, False]
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-pytest.importorskip("lsst.afw.image")
-pytest.importorskip("lsst.cell_coadds")
-pytest.importorskip("lsst.meas.algorithms")
-pytest.importorskip("lsst.meas.base")
-pytest.importorskip("lsst.skymap")
-
 from afw_scene import (
     CORRECTION,
     LEFT,

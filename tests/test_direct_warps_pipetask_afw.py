@@ -13,16 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import astropy.time
 import numpy as np
 import pytest
-
-pytest.importorskip("lsst.afw.image")
-pytest.importorskip("lsst.cell_coadds")
-pytest.importorskip("lsst.meas.algorithms")
-pytest.importorskip("lsst.meas.base")
-pytest.importorskip("lsst.skymap")
-
-import astropy.time
 from afw_scene import (
     CORRECTION,
     NOISE,

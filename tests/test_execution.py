@@ -29,6 +29,7 @@ from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.statistics import VisitSets
 from lsst.coadd.deepprior.tasks.deep_prior_coadd import DeepPriorCoaddTask
 from lsst.coadd.deepprior.tasks.deep_prior_coadd_config import DeepPriorCoaddConfig
+from lsst.coadd.deepprior.tasks.execution import gpu_peak_bytes
 from lsst.coadd.deepprior.warps import Warp
 
 GIB = 2**30
@@ -55,6 +56,12 @@ def gpus(*free_gib: float) -> list[Gpu]:
 def test_choice(asked: str, found: list[Gpu], number: int, device: str) -> None:
     """The least used, and where several are, one by the number of the process."""
     assert choose_device(asked, found, number) == device
+
+
+def test_peak_is_that_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", {"cuda:1": 7}.__getitem__)
+    assert gpu_peak_bytes("cuda:1") == 7
+    assert gpu_peak_bytes("cpu") == 0
 
 
 def test_absent_gpu_is_an_error_where_one_is_asked_for() -> None:
@@ -217,6 +224,7 @@ def test_cpu_is_the_last_resort(
         else:
             result = one.run(warps=warps)
             assert result.coadd.metadata["device"] == "cpu"
+            assert one.metadata["gpu_peak_bytes"] == 0
             assert "the memory of cuda:1 does not suffice; going on on the CPU (CUDA out of" in caplog.text
     assert "computing on cuda:1" in caplog.text
     assert devices == ["cuda:1", "cpu"][: 1 + cpu_fallback]

@@ -27,7 +27,8 @@ from gaussian_patch import (
     star_grid,
 )
 
-from lsst.coadd.deepprior.measure import APERTURES, measure_sources
+from lsst.coadd.deepprior.aperture_fluxes import APERTURES
+from lsst.coadd.deepprior.measure import measure_sources
 from lsst.coadd.deepprior.moments import peak_offset
 from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA
 

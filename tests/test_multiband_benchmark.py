@@ -107,6 +107,13 @@ def test_report_says_what_was_not_run(tmp_path: Path, monkeypatch: pytest.Monkey
     text = multiband.report()
     assert text.count("not run") == empty.count("not run") - 1
     assert "| g | completeness at 95 % purity | 0.500 | 0.650 | +0.150 (+0.100) |" in text
+    assert (
+        "| g: completeness at 95 % purity above that alone | +0.150, lower in 0 of 2 scenes | yes |" in text
+    )
+    assert "| g: SSIM above that alone | +0.0000, lower in 0 of 2 scenes | **no** |" in text
+    assert "| g - r: bias within 1 % | +0.00 % | yes |" in text
+    assert "| every leak of a single-band source within 0.5 % | 2 of 4 above | **no** |" in text
+    assert "| their mean within 0.5 % | +0.400 ± 0.300 % | yes |" in text
     assert "| g - r | 6 | alone | +0.00 ±" in text
     assert "| alone within 1.5 arcsec | 2 | +1.000 ± 0.000 % | +1.000 % | +1.00 % | 2 | 0 |" in text
     assert "| all | 4 | +0.400 ± 0.300 % |" in text

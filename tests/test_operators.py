@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.signal
@@ -26,6 +28,18 @@ GEOMETRIES = [
     (5, 4, 3, 4, 8, 13),
     (4, 2, 1, 6, 2, 15),
 ]
+
+
+def test_memory_that_torch_holds_unused_takes_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU with 1 GB free beside 3 GB of which torch uses one, as with 3 GB free beside that one."""
+    image = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 4)
+    at_once = []
+    for free, reserved in ((10**9, 3 * 10**9), (3 * 10**9, 10**9)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**10))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, reserved=reserved: reserved)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10**9)
+        at_once.append(operators._tiles_at_once(10**4, image))
+    assert at_once[0] == at_once[1] > 1000
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from toy import gaussian_stars, observe
 
-from lsst.coadd.deepprior import patch_data as patch_data_module
+from lsst.coadd.deepprior import visit_kernels
 from lsst.coadd.deepprior.baselines import inner_smooth, maximum_likelihood, maximum_likelihood_step
 from lsst.coadd.deepprior.fit import SplitLoss, make_trunk
 from lsst.coadd.deepprior.groups import MAX_GROUPS, deal_splits
@@ -379,8 +379,8 @@ def kept_bytes(visits: OnDemand) -> int:
 def test_memory_does_not_depend_on_the_number_of_visits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a fit keeps of 12 and of 60 visits that are made on demand; no visit is kept."""
     one_kernel = 1 * 2 * 15 * 15 * 4
-    monkeypatch.setattr(patch_data_module, "_KERNEL_CACHE_BYTES", 3 * one_kernel)
-    monkeypatch.setattr(patch_data_module, "_OPERATOR_CACHE_BYTES", 0)
+    monkeypatch.setattr(visit_kernels, "_KERNEL_CACHE_BYTES", 3 * one_kernel)
+    monkeypatch.setattr(visit_kernels, "_OPERATOR_CACHE_BYTES", 0)
     kept = []
     for n_visits in (MAX_GROUPS, 5 * MAX_GROUPS):
         visits = OnDemand(n_visits)

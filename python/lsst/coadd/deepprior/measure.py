@@ -17,7 +17,7 @@ number is then fitted to ``D``, with the errors of the data.
 
 from __future__ import annotations
 
-__all__ = ("APERTURES", "MeasureInputs", "measure_sources")
+__all__ = ("MeasureInputs", "measure_sources")
 
 import dataclasses
 import math
@@ -25,19 +25,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import scipy.ndimage
-import sep
 from astropy import units as u
 from astropy.table import Column, Table
 
+from .aperture_fluxes import APERTURES, point_and_aperture_fluxes
 from .deblend import BLEND, DetectionSettings, detect_sources, shown, significance
-from .joint_fit import JointFit, sky_responses
+from .joint_fit import JointFit
 from .moments import adaptive_moments, centroid, peak_offset
 from .plain_coadd import Coadd
 from .source_fit import SYSTEMATIC_FLOOR, fit_sources
 from .stamps import Stamp, render, slope
-
-APERTURES = (1.0, 1.5, 2.5)
-"""Radii of the aperture fluxes, in units of the FWHM of the coadd PSF at the source."""
 
 _LEAST_DISTANCE = 0.5
 """Distance in FWHM below which what a fitted source leaves of the data is taken as its own: two templates so
@@ -236,7 +233,7 @@ def measure_sources(
     columns, stamps, sky, sky_error = _with_profiles(columns, pieces, templates, inputs, settings)
     y, x = columns["y"], columns["x"]
     fitted = columns["flux"], columns["flux_err"]
-    columns |= _point_and_aperture_fluxes(y, x, stamps, *fitted, inputs.coadd.without(sky), sky_error)
+    columns |= point_and_aperture_fluxes(y, x, stamps, *fitted, inputs.coadd.without(sky), sky_error)
     columns["flux_sys_err"] = SYSTEMATIC_FLOOR * np.abs(columns["flux"])
     columns |= _core_flags(y, x, columns["coadd_fwhm"], inputs.coadd.good, inputs.planes)
     columns |= _places(y, x, columns["coadd_fwhm"], inputs)
@@ -317,7 +314,7 @@ def _with_profiles(
     points = [coadd.point(*position) for position in zip(columns["y"], columns["x"], strict=True)]
     seen = np.array([(coadd.weight[p.slices] * p.array**2).sum() > 0.0 for p in points])
     unseen = [template for template, use in zip(templates, seen, strict=True) if not use]
-    extent = _UNSEEN_EXTENT * _fwhm_at(columns["y"], columns["x"], coadd)
+    extent = _UNSEEN_EXTENT * coadd.fwhm_at(columns["y"], columns["x"])
     extent[: len(pieces)] = [math.sqrt(np.count_nonzero(piece.array) / math.pi) for piece in pieces]
     found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd, extent=extent[seen])
     # A source that the model merged with a galaxy shows only when the galaxy has a profile of its own.
@@ -328,7 +325,7 @@ def _with_profiles(
         more = _columns_of([], late, inputs)
         columns = {name: np.concatenate([values, more[name]]) for name, values in columns.items()}
         seen = np.append(seen, np.ones(len(late), dtype=bool))
-        extent = np.append(extent, _UNSEEN_EXTENT * _fwhm_at(more["y"], more["x"], coadd))
+        extent = np.append(extent, _UNSEEN_EXTENT * coadd.fwhm_at(more["y"], more["x"]))
         found = fit_sources(columns["y"][seen], columns["x"][seen], unseen, coadd, found, extent[seen])
     blended = JointFit.of([*templates, *late], coadd).correlation().max(axis=1).toarray().ravel() > BLEND
     # What is two points takes two rows.
@@ -351,11 +348,6 @@ def _with_profiles(
         columns[name][: len(values)] = values
     columns["flag_blended"] = blended[row] | pair
     return columns, [*found.stamps, *unseen], found.sky, found.sky_error
-
-
-def _fwhm_at(y: np.ndarray, x: np.ndarray, coadd: Coadd) -> np.ndarray:
-    """Return the FWHM of the coadd PSF at positions in the array of the patch."""
-    return np.array([coadd.fwhm[coadd.cell(*position)] for position in zip(y, x, strict=True)])
 
 
 def _places(y: np.ndarray, x: np.ndarray, fwhm: np.ndarray, inputs: MeasureInputs) -> dict[str, np.ndarray]:
@@ -428,56 +420,6 @@ def _around(image: np.ndarray, good: np.ndarray, fwhm: float) -> np.ndarray:
         for total, values in zip(sums, (np.where(good, image, 0.0), good.astype(float)), strict=True):
             total += sign * size**2 * scipy.ndimage.uniform_filter(values, size, mode="constant")
     return sums[0] / np.maximum(sums[1], 1.0)
-
-
-def _point_and_aperture_fluxes(
-    y: np.ndarray,
-    x: np.ndarray,
-    templates: Sequence[Stamp],
-    flux: np.ndarray,
-    flux_err: np.ndarray,
-    coadd: Coadd,
-    sky_error: float,
-) -> dict[str, np.ndarray]:
-    """Measure PSF fluxes (one joint fit) and aperture fluxes (neighbours subtracted) at given positions."""
-    n = len(templates)
-    points = [coadd.point(*position) for position in zip(y, x, strict=True)]
-    usable = np.array([(coadd.weight[p.slices] * p.array**2).sum() > 0.0 for p in points])
-    psf_flux = np.full((2, n), np.nan)
-    if usable.any():
-        used = [point for point, use in zip(points, usable, strict=True) if use]
-        fit = JointFit.of(used, coadd)
-        _, response = sky_responses(fit, used, coadd)
-        psf_flux[:, usable] = fit.solution(), np.hypot(fit.errors(), response * sky_error)
-    scale = _fwhm_at(y, x, coadd)
-    columns = {"psf_flux": psf_flux[0], "psf_flux_err": psf_flux[1], "coadd_fwhm": scale}
-
-    excess = {width: _aperture_excess(coadd, width) for width in np.unique(scale)}
-    left = np.where(coadd.good, coadd.image - render(templates, flux, coadd.shape), 0.0)
-    unseen = np.zeros(coadd.shape)
-    sums = np.full((n, len(APERTURES), 2), np.nan)
-    for k, own in enumerate(templates):
-        circles = *np.tile([[x[k]], [y[k]]], len(APERTURES)), scale[k] * np.array(APERTURES)
-        left[own.slices] += flux[k] * own.array
-        total, noise, _ = sep.sum_circle(left, *circles, var=coadd.variance, subpix=0)
-        left[own.slices] -= flux[k] * own.array
-        unseen[own.slices] = np.where(coadd.good[own.slices], 0.0, own.array)
-        part, _, _ = sep.sum_circle(unseen, *circles, subpix=0)
-        unseen[own.slices] = 0.0
-        noise = np.hypot(noise * np.sqrt(excess[scale[k]]), sky_error * np.pi * circles[2] ** 2)
-        sums[k] = np.transpose([total, np.hypot(noise, part * flux_err[k])])
-    for a in range(len(APERTURES)):
-        columns[f"ap{a + 1}_flux"], columns[f"ap{a + 1}_flux_err"] = sums[:, a].T
-    return columns
-
-
-def _aperture_excess(coadd: Coadd, width: float) -> np.ndarray:
-    """Return the factors by which the correlation of noise changes the variances of aperture fluxes."""
-    excess = []
-    for radius in width * np.array(APERTURES):
-        reach = np.arange(-math.ceil(radius), math.ceil(radius) + 1)
-        excess.append(coadd.noise_excess((np.hypot(reach[:, None], reach) <= radius).astype(float)))
-    return np.array(excess)
 
 
 def _core_flags(

@@ -23,14 +23,8 @@ from .groups import deal_groups, lower_median, median_of
 from .observation import Observation
 from .operators import CellConvolution, CellLayout, gram_kernels
 from .parallel import by_rows, give_freed_memory_back
-from .psf import data_kernel
 from .statistics import SetStatistics, StatisticsSums, VisitSets, VisitTensors
-
-_KERNEL_CACHE_BYTES = 256 * 2**20
-"""Memory that kernels of visits may take; others are made anew each time."""
-
-_OPERATOR_CACHE_BYTES = 128 * 2**20
-"""The same for their transfer functions, which take more."""
+from .visit_kernels import VisitKernels
 
 _FREED_IMAGES, _FREED_BYTES = 64, 2**28
 """Growth of the process, in images of the canvas and at least in bytes, from which freed memory is given back
@@ -98,8 +92,6 @@ class PatchData:
         """The visits, indexed one at a time."""
         self.names: list[str] = []
         """Names of the visits."""
-        self._kept_kernels: dict[int, torch.Tensor] = {}
-        self._kept_operators: dict[int, CellConvolution] = {}
         self._noise_of_gradient: tuple[torch.Tensor, torch.Tensor] | None = None
         self._statistics: SetStatistics | None = None
         self._median: torch.Tensor | None = None
@@ -121,6 +113,7 @@ class PatchData:
         if len(known) == 0:
             raise NothingToRestoreError("No visit of the patch has a PSF in any cell.")
         self.sigma = sigma(known) if callable(sigma) else sigma
+        self._kernels = VisitKernels(layout, margin, self.sigma, self.device, dtype)
         if not np.any(self.weight > 0.0):
             raise NothingToRestoreError("No visit of the patch has a good pixel in a cell with a PSF.")
         depth = (self.weight * self.good_fraction).sum(axis=(1, 2))
@@ -201,34 +194,9 @@ class PatchData:
                 self.weight[index, i, j] = 1.0 / (shared * median)
         self.seeing[index] = observation.seeing()
 
-    def _kernels(self, index: int, observation: Observation | None = None) -> torch.Tensor:
-        """Make the data kernels; a cell without a PSF, of weight 0, borrows that of the nearest cell."""
-        if index in self._kept_kernels:
-            return self._kept_kernels[index]
-        observation = self.observations[index] if observation is None else observation
-        filled, has_psf = observation.psf.copy(), observation.has_psf
-        have = np.argwhere(has_psf)
-        for i, j in np.argwhere(~has_psf):
-            nearest = have[np.argmin(((have - (i, j)) ** 2).sum(axis=1))]
-            filled[i, j] = filled[nearest[0], nearest[1]]
-        constant = bool((filled == filled[:1, :1]).all())
-        kernels = data_kernel(filled[:1, :1] if constant else filled, self.sigma)
-        result = torch.as_tensor(kernels, dtype=self.dtype, device=self.device).expand(filled.shape)
-        kept = sum(other.untyped_storage().nbytes() for other in self._kept_kernels.values())
-        if kept + result.untyped_storage().nbytes() <= _KERNEL_CACHE_BYTES:
-            self._kept_kernels[index] = result
-        return result
-
     def kernel(self, index: int, observation: Observation) -> CellConvolution:
         """Make the operator of a visit, which is right where the visit has weight."""
-        if index in self._kept_operators:
-            return self._kept_operators[index]
-        used = self.weight[index] > 0.0
-        operator = CellConvolution(self._kernels(index, observation), self.layout, self.margin, used)
-        kept = sum(other.nbytes for other in self._kept_operators.values())
-        if kept + operator.nbytes <= _OPERATOR_CACHE_BYTES:
-            self._kept_operators[index] = operator
-        return operator
+        return self._kernels.operator(index, observation, self.weight[index] > 0.0)
 
     def _on_canvas(
         self, array: np.ndarray, origin: tuple[int, int], good: torch.Tensor, bad: float = 0.0
@@ -309,8 +277,11 @@ class PatchData:
         """Add up the kernels of ``K^T w K`` of the visits of every group (group, i, j, k, k)."""
         total = torch.zeros((self.n_groups, self.layout.n_i, self.layout.n_j, 1, 1), dtype=self.dtype)
         total = total.to(self.device)
-        for index in np.flatnonzero(self.group >= 0):
-            gram = gram_kernels(self._kernels(int(index)))
+        for index in np.flatnonzero(self.group >= 0).tolist():
+            kernels = self._kernels.kept(index)
+            if kernels is None:
+                kernels = self._kernels.kernels(index, self.observations[index])
+            gram = gram_kernels(kernels)
             weight = torch.as_tensor(self.weight[index], dtype=self.dtype, device=self.device)
             gram = weight[:, :, None, None] * gram
             border = (total.shape[-1] - gram.shape[-1]) // 2
@@ -351,8 +322,8 @@ class PatchData:
         """
         if self._noise_of_gradient is None:
             total = torch.zeros((2, *self.shape), dtype=self.dtype, device=self.device)
-            for index, visit in self.visits():
-                squared = self._kernels(index).square()
+            for index, observation, visit in self.read():
+                squared = self._kernels.kernels(index, observation).square()
                 power = CellConvolution(squared, self.layout, self.margin, self.weight[index] > 0.0)
                 noise = visit.variance.mul_(visit.weight).mul_(visit.weight)
                 total += power.adjoint(torch.stack([noise, visit.weight]))

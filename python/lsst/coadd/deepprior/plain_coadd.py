@@ -184,6 +184,10 @@ class Coadd:
             min(max(round(x) // self.width, 0), self.psf.shape[1] - 1),
         )
 
+    def fwhm_at(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Return the FWHM in pixels of the PSF at positions in array coordinates, (source,)."""
+        return np.array([self.fwhm[self.cell(*position)] for position in zip(y, x, strict=True)])
+
     def convolve(self, stamp: Stamp, kernels: np.ndarray) -> Stamp:
         """Convolve a stamp; each pixel of the result uses the kernel of its own cell, and is 0 in missing
         cells.

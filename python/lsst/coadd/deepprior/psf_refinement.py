@@ -26,6 +26,7 @@ __all__ = ("CorrectedObservations", "PsfRefinement", "refine_psfs", "summary")
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,6 +94,8 @@ class PsfRefinement:
         That of the FWHM with the prior of the start, not with what the others tell of it; NaN without stars.
     before, after : `list` [`~lsst.coadd.deepprior.psf.StarFit`]
         Gaussians fitted to the PSFs in the middle one of the cells, as given and as refined.
+    seconds : `float`
+        Time that it took.
     """
 
     stamps: list[np.ndarray]
@@ -107,6 +110,7 @@ class PsfRefinement:
     own_fwhm_error: np.ndarray
     before: list[StarFit | None]
     after: list[StarFit | None]
+    seconds: float = 0.0
 
     def flags(self, visit: int) -> dict[str, bool]:
         """Return the quality flags of the PSF of a visit.
@@ -235,6 +239,7 @@ def refine_psfs(
     """
     if base_steps < 1:
         raise ValueError(f"base_steps must be at least 1, not {base_steps}.")
+    begin = time.monotonic()
     found, given = [], []
     for observation in observations:
         if observation.sampling != 1:
@@ -316,7 +321,7 @@ def refine_psfs(
                 abs(a.sigma / b.sigma - 1.0) for a, b in zip(result.after, last, strict=True) if a and b
             ]
             progress("psf", number + 1, len(errors), max(changes))
-    return result
+    return dataclasses.replace(result, seconds=time.monotonic() - begin)
 
 
 def _with_mean_shape(

@@ -220,7 +220,7 @@ class _Model:
 
     def __post_init__(self) -> None:
         self._start = self._positions()
-        self._limit = 0.5 * np.array([self.coadd.fwhm[self.coadd.cell(s.y, s.x)] for s in self.sources])
+        self._limit = 0.5 * self.coadd.fwhm_at(*self._start)
         self._own = [s.stamp(self.coadd) for s in self.sources]
         self._slopes = [s.derivatives(self.coadd, t) for s, t in zip(self.sources, self._own, strict=True)]
         self._changes = [np.zeros(len(group)) for group in self._slopes]

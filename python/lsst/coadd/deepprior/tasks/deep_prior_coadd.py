@@ -336,6 +336,7 @@ class DeepPriorCoaddTask(PipelineTask):
         }
         if refinement is not None:
             metrics["psf_refinement"] = self._describe_refinement(refinement, infos, inputs.label)
+            metrics["seconds"]["refine"] = refinement.seconds
         metrics["seconds"]["input"] = inputs.seconds
         return Struct(
             coadd=coadd, residual=residual, outliers=outliers, metrics=metrics, visit_psfs=visit_psfs

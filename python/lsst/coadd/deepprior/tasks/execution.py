@@ -7,12 +7,18 @@
 
 from __future__ import annotations
 
-__all__ = ("memory_of", "open_checkpoint", "refined_observations", "restore_on_node", "run_on_node")
+__all__ = (
+    "gpu_peak_bytes",
+    "memory_of",
+    "open_checkpoint",
+    "refined_observations",
+    "restore_on_node",
+    "run_on_node",
+)
 
 import dataclasses
 import logging
 import os
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -93,9 +99,7 @@ def restore_on_node(
         kept = open_checkpoint(config, log, inputs_digest(observations), settings, checkpoint)
 
     def restore_on(device: str, progress: Progress, batches: Batches) -> tuple[Any, Any]:
-        visits, refinement, seconds = refined_observations(
-            config, observations, layout, settings, device, progress
-        )
+        visits, refinement = refined_observations(config, observations, layout, settings, device, progress)
         restoration = restore(
             visits,
             layout,
@@ -106,8 +110,6 @@ def restore_on_node(
             checkpoint=kept,
             batches=batches,
         )
-        if refinement is not None:
-            restoration.metrics["seconds"]["refine"] = seconds
         return restoration, refinement
 
     (restoration, refinement), device = run_on_node(config, log, label, restore_on)
@@ -194,7 +196,7 @@ def refined_observations(
     settings: RestoreSettings,
     device: str,
     progress: Progress,
-) -> tuple[Sequence[Observation], PsfRefinement | None, float]:
+) -> tuple[Sequence[Observation], PsfRefinement | None]:
     """Return the visits with the PSFs that are to be used, and how these were learned, if they were.
 
     Parameters
@@ -212,14 +214,11 @@ def refined_observations(
         The visits.
     refinement : `~lsst.coadd.deepprior.psf_refinement.PsfRefinement` or `None`
         What was learned.
-    seconds : `float`
-        Time that learning took.
     """
     from ..psf_refinement import CorrectedObservations, refine_psfs
 
     if config.psf_mode == "known":
-        return observations, None, 0.0
-    started = time.monotonic()
+        return observations, None
     refinement = refine_psfs(
         observations,
         layout,
@@ -228,7 +227,7 @@ def refined_observations(
         device=device,
         progress=progress,
     )
-    return CorrectedObservations(observations, refinement), refinement, time.monotonic() - started
+    return CorrectedObservations(observations, refinement), refinement
 
 
 def open_checkpoint(

@@ -218,7 +218,7 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
                 for band, one in inputs.items()
             }
             restorations = restore_bands(
-                {band: observations for band, (observations, *_) in visits.items()},
+                {band: observations for band, (observations, _) in visits.items()},
                 layout,
                 settings,
                 coupling=self.config.coupling,
@@ -228,10 +228,7 @@ class DeepPriorMultibandCoaddTask(DeepPriorCoaddTask):
                 checkpoints=kept,
                 batches=batches,
             )
-            for band, (_, refinement, seconds) in visits.items():
-                if refinement is not None:
-                    restorations[band].metrics["seconds"]["refine"] = seconds
-            return restorations, {band: refinement for band, (_, refinement, _) in visits.items()}
+            return restorations, {band: refinement for band, (_, refinement) in visits.items()}
 
         (restorations, refinements), device = run_on_node(self.config, self.log, label, restore_on)
         results = {
