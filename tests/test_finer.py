@@ -272,7 +272,10 @@ def test_layers_are_spread_over_fine_pixels(oversampling: int) -> None:
         max((one for one in some.outliers if one.visit == 2 and one.x < 24 * step), key=lambda one: one.flux)
         for some, step in ((layers, k), (expected, 1))
     )
-    assert len(found.pixels[0]) == k**2 * len(wanted.pixels[0])
+    one, fine = np.zeros(LAYOUT.shape), np.zeros(finer_layout(LAYOUT, k).shape)
+    one[wanted.pixels] = 1.0
+    np.add.at(fine, found.pixels, 1.0)
+    np.testing.assert_array_equal(fine, np.kron(one, np.ones((k, k))))
     assert found.x == pytest.approx(k * wanted.x + 0.5 * (k - 1))
     assert found.y == pytest.approx(k * wanted.y + 0.5 * (k - 1))
     assert found.peak_snr == pytest.approx(wanted.peak_snr, rel=1e-4)

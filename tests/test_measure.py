@@ -30,7 +30,7 @@ from gaussian_patch import (
 from lsst.coadd.deepprior.aperture_fluxes import APERTURES
 from lsst.coadd.deepprior.measure import measure_sources
 from lsst.coadd.deepprior.moments import peak_offset
-from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA
+from lsst.coadd.deepprior.psf import FWHM_PER_SIGMA, gaussian_stamp
 
 
 @pytest.mark.parametrize(("factor", "shift"), [(1.0, 0.0), (0.8, 0.0), (1.2, 0.1)])
@@ -158,6 +158,18 @@ def test_inner_box_ends_between_pixels():
     inner = slice(ORIGIN[0] + 20, ORIGIN[0] + 70), slice(ORIGIN[1] + 10, ORIGIN[1] + 90)
     found = match(measure(dataclasses.replace(patch, inner=inner)), x, y, radius=0.1)
     assert list(found["is_patch_inner"]) == [False, True, True, False, False, True, True, False]
+
+
+def test_psf_flux_errors_know_that_the_sky_is_not_known():
+    """A unit of the sky adds sum(P) / sum(P^2) to the flux of a lone point of PSF P."""
+    inputs = make_inputs((60, 70), (1, 1), [35.0], [30.0], [2e4]).inputs
+    (found,) = measure_sources(inputs, pixel_to_sky)
+    area = np.pi * (APERTURES[-1] * found["coadd_fwhm"]) ** 2
+    n = len(APERTURES)
+    sky = np.sqrt(found[f"ap{n}_flux_err"] ** 2 - NOISE**2 * area) / area
+    power = (gaussian_stamp(2.0, 33) ** 2).sum()
+    added = found["psf_flux_err"] ** 2 - NOISE**2 / power
+    assert added == pytest.approx((sky / power) ** 2, rel=0.05)
 
 
 def test_aperture_errors_know_that_noise_is_correlated():

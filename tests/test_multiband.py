@@ -228,7 +228,8 @@ def test_a_band_in_which_nothing_stands_out_is_not_coupled(alone: dict[str, Fitt
     np.testing.assert_array_equal(joint["u"], single_image(patches["u"]))
     for name in "ri":
         np.testing.assert_array_equal(joint[name], without[name])
-    result = multiband._coupled_patches(patches)
+    result, others = multiband._coupled_patches(patches)
+    assert others == {"r": ["i"], "u": [], "i": ["r"]}
     assert [one.method.partition(", coupled with ")[2] for one in result] == ["i", "", "r"]
     latents = [one.points.latent for one in result]
     white = [np.ones((len(one.observations), 1, 1)) for one in result]

@@ -66,6 +66,15 @@ def test_covariance_before_the_prior_is_learned_is_that_of_all_parameters() -> N
         np.testing.assert_allclose(unlearned[k], block, rtol=1e-4, atol=1e-6)
 
 
+def test_prior_is_learned_to_the_end() -> None:
+    """Where nothing is to be corrected, what is known in the end is far more than a visit itself tells."""
+    some = [VisitEquations(np.eye(N), *(np.zeros((N, N)),) * 2, *(np.zeros(N),) * 2) for _ in range(3)]
+    _, covariance, unlearned = solve_equations(some, np.zeros((3, N)), np.full(N, 10.0), True)
+    own = np.sqrt(np.diagonal(unlearned, axis1=1, axis2=2))
+    np.testing.assert_allclose(own, 1.0, rtol=0.01)
+    assert np.sqrt(np.diagonal(covariance, axis1=1, axis2=2)).max() < 0.15
+
+
 def test_prior_is_learned_from_what_the_visits_have_in_all() -> None:
     """With equal errors, the width of the prior is that at which corrections and errors make up for it."""
     rng = np.random.default_rng(3)

@@ -147,7 +147,7 @@ def _finished(
         marks[phase] = time.monotonic() - mark
         mark = time.monotonic()
 
-    patches = _coupled_patches(fitted)
+    patches, others = _coupled_patches(fitted)
     images = [patch.image(patch.points.latent) for patch in patches]
     for band, image in zip(fitted, images, strict=True):
         if not np.isfinite(image).all():
@@ -164,34 +164,32 @@ def _finished(
         leakage = _leakages(patches, images, correlations, first_draws, settings.seed)
     end_of("psf")
     result = {}
-    together = [band for band, patch in zip(fitted, patches, strict=True) if patch is not fitted[band]]
     for place, (band, patch) in enumerate(zip(fitted, patches, strict=True)):
         patch.times.update(marks)
         variance = local_variance(differences[place], images[place], patch.noise)
         result[band] = assemble(
             patch, layers[place], variance, differences[place], residuals[place], leakage[place]
         )
-        others = [other for other in together if other != band] if band in together else []
-        result[band].metrics["coupled_with"] = others
+        result[band].metrics["coupled_with"] = others[band]
     return result
 
 
-def _coupled_patches(fitted: Mapping[str, FittedPatch]) -> list[FittedPatch]:
+def _coupled_patches(fitted: Mapping[str, FittedPatch]) -> tuple[list[FittedPatch], dict[str, list[str]]]:
     """Return the patches of all bands, those that are coupled with the latent images and points that this
-    gives them.
+    gives them, and the bands with which each is coupled.
     """
     points = coupled([BandLight(patch.data, patch.sets, patch.points.latent) for patch in fitted.values()])
     bands = [band for band, own in zip(fitted, points, strict=True) if own is not None]
-    return [
+    others = {band: [other for other in bands if other != band] if band in bands else [] for band in fitted}
+    patches = [
         patch
         if own is None
         else dataclasses.replace(
-            patch,
-            points=own,
-            method=f"{patch.method}, coupled with {', '.join(other for other in bands if other != band)}",
+            patch, points=own, method=f"{patch.method}, coupled with {', '.join(others[band])}"
         )
         for (band, patch), own in zip(fitted.items(), points, strict=True)
     ]
+    return patches, others
 
 
 def _draws(
