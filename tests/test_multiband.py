@@ -133,6 +133,22 @@ def test_source_of_one_band_stays_out_of_the_others(
         assert abs(leak) < 0.005 * ONLY[2]
 
 
+def test_source_of_one_band_stays_out_where_all_have_extended_light() -> None:
+    """The light of a galaxy under the PSF is not that of the source in another colour."""
+    galaxy = [(ONLY[0] + dx, ONLY[1] + dy, 100.0) for dx in range(6, 19, 2) for dy in range(-6, 7, 2)]
+    network = packaged_network()
+
+    def image(*only: tuple[float, float, float]) -> np.ndarray:
+        seen = {
+            name: band(ratio, n, *[(x, y, ratio * f) for x, y, f in galaxy], *own, seed=n + len(name))
+            for name, ratio, n, own in (("g", RED, 3, ()), ("r", 1.0, 10, only), ("i", 1.2, 11, ()))
+        }
+        patches = {n: fit_patch(one, LAYOUT, SETTINGS, network=network) for n, one in seen.items()}
+        return together(patches)["g"]
+
+    assert abs(light_at(image(ONLY) - image(), ONLY)) < 0.005 * ONLY[2]
+
+
 def test_two_bands_have_no_third_to_ask(with_only: dict[str, FittedPatch]) -> None:
     """The own data alone keep the source out: it would be seen at S/N > 20."""
     pair = {name: with_only[name] for name in ("g", "r")}

@@ -11,13 +11,13 @@ template,
 .. math:: g_b = \sum_{o \neq b} \omega_o\, f_o\, c_{bo}\, u_o,
 
 with :math:`c_{bo}` the typical flux ratio of the two bands in the patch, :math:`\omega_o` the share of o in
-the inverse variance of all others in the flux of band b, and :math:`f_o` the probability that the light of o
-is not of o alone, since some third band has it too. Bands with too little significant light in common for a
-ratio tell each other nothing: one that was assumed would make light of the deep band appear in the shallow
-one. The data of band b then tell the colour of what lies
-under the PSF: with d the significance that they have there (:math:`c N / \sigma_M`, see
-`~lsst.coadd.deepprior.statistics`) and E that of the template, the ratio :math:`\rho` of the two has the
-prior
+the inverse variance of all others in the flux of band b, and :math:`f_o` the part of the light of o that is
+not of o alone, since some third band has it too: what a third band shows itself, and of what goes beyond that
+and the scatter of colours the part that its data do not rule out. Bands with too little significant light in
+common for a ratio tell each other nothing: one that was assumed would make light of the deep band appear in
+the shallow one. The data of band b then tell the colour of what lies under the PSF: with d the significance
+that they have there (:math:`c N / \sigma_M`, see `~lsst.coadd.deepprior.statistics`) and E that of the
+template, the ratio :math:`\rho` of the two has the prior
 
 .. math:: p(\rho) = p_0\, \delta(\rho) + (1 - p_0)\, \mathrm{LogNormal}(0, s)
 
@@ -184,6 +184,20 @@ def _posterior(seen: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor
     return first / total, absent / total
 
 
+def _missing(band: BandLight, light: torch.Tensor) -> torch.Tensor:
+    """Return which part of the light of another band, in the flux of this one, is not in this one, (y, x).
+
+    Asked is for what goes beyond the light of the band itself, since under the PSF a single-band source may
+    have light of others about it, which looks like that source in another colour.
+    """
+    beyond = band.significance(light - math.exp(_SCATTER) * band.latent).clamp_min(0.0)
+    left = band.seen - band.significance(band.latent)
+    absent = band.smoothed(_posterior(left, beyond)[1], band.significance(light))
+    own, other = (gaussian_smooth(image, band.data.sigma) for image in (band.latent, light))
+    shown = own / other.clamp_min(torch.finfo(other.dtype).tiny)
+    return ((absent - _ABSENT) / (1.0 - _ABSENT)).clamp(0.0, 1.0) * (1.0 - shown).clamp(0.0, 1.0)
+
+
 def _templates(bands: Sequence[BandLight]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return the light that its others let expect in each band, and their inverse variance in its flux, 0 if
     no ratio to any of them is known.
@@ -193,17 +207,13 @@ def _templates(bands: Sequence[BandLight]) -> list[tuple[torch.Tensor, torch.Ten
     for place, source in enumerate(bands):
         others = {n: typical_ratio(band, source) for n, band in enumerate(bands) if n != place}
         ratios = {n: ratio for n, ratio in others.items() if ratio is not None}
-        absent: dict[int, torch.Tensor] = {}
-        for n, ratio in ratios.items() if len(bands) > 2 else ():
-            expected = bands[n].significance(ratio * source.latent)
-            absent[n] = bands[n].smoothed(_posterior(bands[n].seen, expected)[1], expected)
+        missing = {n: _missing(bands[n], ratio * source.latent) for n, ratio in ratios.items()}
         for n, ratio in ratios.items():
             weight = source.depth / ratio**2
             depth[n] += weight
-            thirds = [image for third, image in absent.items() if third != n]
+            thirds = [part for third, part in missing.items() if third != n]
             if thirds:
-                alone = torch.stack(thirds).prod(dim=0)
-                weight = weight * ((1.0 - alone) / (1.0 - _ABSENT ** len(thirds))).clamp(0.0, 1.0)
+                weight = weight * (1.0 - torch.stack(thirds).prod(dim=0))
             light[n] += weight * ratio * source.latent
     tiny = torch.finfo(bands[0].latent.dtype).tiny
     return [(a / b.clamp_min(tiny), b) for a, b in zip(light, depth, strict=True)]
