@@ -19,6 +19,7 @@ __all__ = (
 import contextlib
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from lsst.daf.butler import (
 from lsst.daf.butler.registry import CollectionTypeError, ConflictingDefinitionError
 from lsst.images import YX, Box, Interval, SkyProjection, TractFrame
 from lsst.images.cells import CellGrid, PatchDefinition
+from lsst.resources import ResourcePath
 
 from .cells import cover_with_cells
 from .dimension_records import check_records, insert_patch, insert_visits, records
@@ -209,6 +211,11 @@ def _open(repo: str | Path) -> Butler | None:
         raise IngestError(f"{repo} cannot be opened as a Butler repository: {err}.") from err
     if is_there:
         return open_repository(repo, writeable=True)
+    place = ResourcePath(str(repo), forceDirectory=True).ospath
+    if place != os.path.join(os.path.abspath(repo), ""):
+        raise IngestError(
+            f"{repo} would be made as {place}, since the Butler takes it for a URI; use no # and %."
+        )
     if occupied:
         raise IngestError(
             f"{repo} exists but is not a Butler repository; name one, an empty directory or a new directory."
