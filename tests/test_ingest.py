@@ -458,6 +458,18 @@ def test_a_name_that_the_butler_reads_as_another_path(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("lost", [slice(3000, None), slice(20000, 24000)])
+def test_a_stored_warp_that_is_damaged(lost: slice, warp_files: list[Path], tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    assert ingest(repo, *warp_files[:2]).exit_code == 0
+    for file in (repo / DEFAULT_RUN).rglob("*.fits"):
+        content = bytearray(file.read_bytes())
+        content[lost] = b"" if lost.stop is None else bytes(lost.stop - lost.start)
+        file.write_bytes(content)
+    message = one_line(ingest(repo, *warp_files[:2]))
+    assert f"A warp that {DEFAULT_RUN} holds cannot be read; remove it and" in message
+
+
 def test_a_dataset_type_or_collection_of_another_kind(warp_files: list[Path], tmp_path: Path) -> None:
     repo = tmp_path / "repo"
     assert ingest(repo, warp_files[0]).exit_code == 0

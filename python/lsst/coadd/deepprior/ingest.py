@@ -23,6 +23,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sqlalchemy.exc
@@ -301,8 +302,23 @@ def _stored_grid(
         refs = butler.query_datasets(DATASET_TYPE, "*", find_first=False, data_id=data_id, limit=1)
     except (EmptyQueryResultError, MissingDatasetTypeError):
         return None
-    psf, sky_projection = (butler.get(refs[0].makeComponentRef(name)) for name in ("psf", "sky_projection"))
+    psf, sky_projection = (
+        _read(butler, refs[0].makeComponentRef(name)) for name in ("psf", "sky_projection")
+    )
     return psf.grid, sky_projection
+
+
+def _read(butler: Butler, ref: DatasetRef) -> Any:
+    """Read a stored warp, or a component of it."""
+    try:
+        return butler.get(ref)
+    except (OSError, sqlalchemy.exc.SQLAlchemyError):
+        raise
+    except Exception as err:  # a damaged file can raise anything
+        reason = str(err).split("\n")[0].rstrip(".")
+        raise IngestError(
+            f"A warp that {ref.run} holds cannot be read; remove it and ingest it again ({reason})."
+        ) from err
 
 
 def _tract_wcs(sky_projection: SkyProjection[TractFrame]) -> WCS | None:
@@ -421,7 +437,7 @@ def _drop_stored(butler: Butler, tiles: Sequence[_Tile], run: str, progress: Pro
             if ref is None:
                 new.append(header)
                 continue
-            if not _is_same(tile.read(header), Warp.from_cell_coadd(butler.get(ref))):
+            if not _is_same(tile.read(header), Warp.from_cell_coadd(_read(butler, ref))):
                 raise InvalidWarpFileError(
                     header.path,
                     f"the collection {run} holds another warp of {header.label} for this patch; ingest into "
