@@ -297,8 +297,8 @@ def _interpret(path: Path, hdus: Mapping[str, tuple[fits.Header, np.ndarray]]) -
     )
 
 
-def _check_unit(name: str, text: str, allowed: tuple[u.UnitBase, ...]) -> None:
-    if u.Unit(text, parse_strict="silent") not in allowed:
+def _check_unit(name: str, text: object, allowed: tuple[u.UnitBase, ...]) -> None:
+    if not isinstance(text, str) or u.Unit(text, parse_strict="silent") not in allowed:
         found = f"in the unit {text!r}" if text else "without BUNIT"
         raise RefusalError(f"{name} is {found}; it must be in {allowed[0]}")
 
