@@ -27,6 +27,7 @@ from test_ingest import (
     without,
 )
 
+from lsst.coadd.deepprior.ingest import DEFAULT_RUN
 from lsst.daf.butler import Butler
 
 
@@ -220,3 +221,25 @@ def test_the_repository_is_closed_when_a_file_is_refused(
     one_line(ingest(repo, bad))
     with pytest.raises(RuntimeError, match="has been closed"):
         butler.query_dimension_records("visit")
+
+
+@pytest.mark.parametrize("name", ["new#1", "%41", "file:new"])
+def test_a_name_that_the_butler_reads_as_another_path(
+    name: str, warp_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = one_line(ingest(Path(name), warp_files[0]))
+    assert f"{name} would be made as {tmp_path}/" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lost", [slice(3000, None), slice(20000, 24000)])
+def test_a_stored_warp_that_is_damaged(lost: slice, warp_files: list[Path], tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    assert ingest(repo, *warp_files[:2]).exit_code == 0
+    for file in (repo / DEFAULT_RUN).rglob("*.fits"):
+        content = bytearray(file.read_bytes())
+        content[lost] = b"" if lost.stop is None else bytes(lost.stop - lost.start)
+        file.write_bytes(content)
+    message = one_line(ingest(repo, *warp_files[:2]))
+    assert f"A warp that {DEFAULT_RUN} holds cannot be read; remove it and" in message
