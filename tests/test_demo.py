@@ -101,6 +101,16 @@ def test_another_scene_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert repo.exists()  # it is not known to be the demo's
 
 
+def test_a_folder_of_other_warps_is_not_removed(small: None, tmp_path: Path) -> None:
+    own = tmp_path / "warps" / "night1.fits"
+    own.parent.mkdir()
+    own.touch()
+    result = click.testing.CliRunner().invoke(demo.main, [str(tmp_path)])
+    assert result.exit_code == 1
+    assert f"{own} is no file of the demo" in result.output
+    assert own.exists()
+
+
 def test_as_many_processes_as_cores_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {5, 6, 7}, raising=False)

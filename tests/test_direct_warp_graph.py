@@ -226,6 +226,12 @@ def test_finer_quantum_finds_its_warps_in_the_normal_skymap(
             assert ref.dataId["patch"] == quantum.dataId["patch"]
             assert ref.dataId["band"] == quantum.dataId["band"]
             assert ref.dataId["day_obs"] > 20200101
+    butler.registry.removeDatasets(butler.query_datasets("skyMap", collections=RUN))
+    builder = AllDimensionsQuantumGraphBuilder(
+        graph, butler, input_collections=[RUN, "finer"], output_run="u/test/newer"
+    )
+    with pytest.raises(FileNotFoundError, match="input collections have no skyMap of the skymap that the w"):
+        builder.build(attach_datastore_records=False)
 
 
 def test_butler_takes_the_converter_to_exposures() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ from lsst.coadd.deepprior.warps import Warp
 from lsst.images import XY, YX, Box, SkyProjection, TractFrame, Transform
 from lsst.images.cells import CellCoadd
 from lsst.pex.config import FieldValidationError
-from lsst.pipe.base import Struct
+from lsst.pipe.base import NoWorkFound, Struct
 
 QUICK = quick.QUICK | {"check_psf": False}
 
@@ -283,3 +284,11 @@ def test_config_refuses_to_learn_psfs(psf_mode: str) -> None:
     config = FinerDeepPriorCoaddConfig(psf_mode=psf_mode)
     with pytest.raises(ValueError, match="on finer pixels it must be 'known'"):
         config.validate()
+
+
+def test_a_figure_needs_the_warps() -> None:
+    plot = FinerPlotDeepPriorCoaddConnections(config=FinerPlotDeepPriorCoaddConfig())
+    inputs: dict[str, Any] = {name: (getattr(plot, name), [name]) for name in plot.inputs}
+    assert plot.adjustQuantum(inputs | {"warps": (plot.warps, ["one"])}, {}, "plot", {}) == ({}, {})
+    with pytest.raises(NoWorkFound, match="There are no warps for"):
+        plot.adjustQuantum(inputs | {"warps": (plot.warps, [])}, {}, "plot", {})

@@ -251,6 +251,13 @@ def test_a_file_that_cannot_be_removed(tmp_path: Path, caplog: pytest.LogCapture
     assert str(tmp_path) in caplog.text
 
 
+def test_a_left_over_that_cannot_be_removed_is_left(tmp_path: Path) -> None:
+    (tmp_path / ".fit.left").touch()
+    (tmp_path / ".fit.over").mkdir()  # a directory cannot be unlinked, whoever runs the test
+    assert FitCheckpoint(tmp_path / "fit", 1, {}, LOG).load() is None
+    assert [path.name for path in tmp_path.iterdir()] == [".fit.over"]
+
+
 def test_a_file_is_that_of_the_fit_that_reads_or_writes_it(tmp_path: Path) -> None:
     path = tmp_path / "fit"
     first, again, other = (FitCheckpoint(path, 1, {"seed": seed}, LOG) for seed in (1, 1, 2))

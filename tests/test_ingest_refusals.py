@@ -27,6 +27,7 @@ from test_ingest import (
     without,
 )
 
+from lsst.coadd.deepprior.ingest import DEFAULT_RUN
 from lsst.daf.butler import Butler
 
 
@@ -59,12 +60,15 @@ REFUSALS = {
     "fraction of a pixel": (header("IMAGE", LTV1=-15600.5), "not whole numbers of pixels"),
     "no WCS": (without("IMAGE", "CTYPE1", "CTYPE2"), "no celestial WCS"),
     "broken WCS": (header("IMAGE", PC1_1=0.0, PC2_2=0.0), "WCS of IMAGE cannot be read"),
+    "CRVAL2 that is no number": (header("IMAGE", CRVAL2="-2.2"), "CRVAL2 = '-2.2' is not a number"),
+    "no CRVAL1": (without("IMAGE", "CRVAL1"), "the WCS of IMAGE has no CRVAL1"),
     "CRPIX1 that is no number": (header("IMAGE", CRPIX1="abc"), "CRPIX1 = 'abc' is not a number"),
     "galactic WCS": (header("IMAGE", CTYPE1="GLON-TAN", CTYPE2="GLAT-TAN"), "must be in ICRS"),
     "FK4 WCS": (header("IMAGE", RADESYS="FK4"), "must be in ICRS"),
     "counts": (header("IMAGE", BUNIT="adu"), "IMAGE is in the unit 'adu'; it must be in nJy"),
     "microjansky": (header("IMAGE", BUNIT="uJy"), "IMAGE is in the unit 'uJy'"),
     "unknown unit": (header("IMAGE", BUNIT="furlong"), "IMAGE is in the unit 'furlong'"),
+    "unit without a value": (header("IMAGE", BUNIT=None), "IMAGE is without BUNIT; it must be in nJy"),
     "no unit": (without("IMAGE", "BUNIT"), "IMAGE is without BUNIT; it must be in nJy"),
     "variance in other units": (header("VARIANCE", BUNIT="adu**2"), "VARIANCE is in the unit 'adu**2'"),
     "even-sized PSF": (data("PSF", lambda a: a[:-1, :-1]), "the PSF has 14x14 pixels"),
@@ -217,3 +221,25 @@ def test_the_repository_is_closed_when_a_file_is_refused(
     one_line(ingest(repo, bad))
     with pytest.raises(RuntimeError, match="has been closed"):
         butler.query_dimension_records("visit")
+
+
+@pytest.mark.parametrize("name", ["new#1", "%41", "file:new"])
+def test_a_name_that_the_butler_reads_as_another_path(
+    name: str, warp_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = one_line(ingest(Path(name), warp_files[0]))
+    assert f"{name} would be made as {tmp_path}/" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lost", [slice(3000, None), slice(20000, 24000)])
+def test_a_stored_warp_that_is_damaged(lost: slice, warp_files: list[Path], tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    assert ingest(repo, *warp_files[:2]).exit_code == 0
+    for file in (repo / DEFAULT_RUN).rglob("*.fits"):
+        content = bytearray(file.read_bytes())
+        content[lost] = b"" if lost.stop is None else bytes(lost.stop - lost.start)
+        file.write_bytes(content)
+    message = one_line(ingest(repo, *warp_files[:2]))
+    assert f"A warp that {DEFAULT_RUN} holds cannot be read; remove it and" in message

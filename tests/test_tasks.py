@@ -451,6 +451,14 @@ def test_quanta(butler: Butler) -> None:
     lsst.pipe.base.testUtils.runTestQuantum(plot, butler, quantum, mockRun=False)
     assert butler.getURI("deep_prior_coadd_plot", patch_id).exists()
 
+    # The visit of the best seeing may not be among those of a run that makes the figure alone.
+    others = [one for one in warp_ids if one["visit"] != best["visit"]]
+    quantum = lsst.pipe.base.testUtils.makeQuantum(plot, butler, patch_id, {"warps": others} | inputs)
+    with pytest.raises(
+        RuntimeError, match=f"The warp of DeepPriorSim visit {best['visit']}, which the figure shows, "
+    ):
+        lsst.pipe.base.testUtils.runTestQuantum(plot, butler, quantum, mockRun=False)
+
 
 @pytest.mark.parametrize(("steps", "patch"), [(0, 0), (2, 1)])
 def test_a_quantum_leaves_the_checkpoint_of_another_alone(

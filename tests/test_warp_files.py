@@ -153,6 +153,23 @@ def test_mask_bits_are_named_by_keywords_alone(warp: Warp, tmp_path: Path) -> No
         assert np.argwhere(found.get(plane)).tolist() == [[0, x]]
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int64])
+def test_masks_of_any_integer_type(dtype: type, warp: Warp, tmp_path: Path) -> None:
+    """The highest bit is a bit like others, and bits beyond 31, which no keyword can name, count too."""
+    path = tmp_path / "warp.fits"
+    write_warp_file(path, warp)
+    highest = np.iinfo(dtype).bits - 1
+    with fits.open(path, mode="update") as hdus:
+        header = hdus["MASK"].header
+        header["MP_CR"] = min(highest, 31)
+        pixels = np.zeros(warp.image.shape, dtype=dtype)
+        pixels[0, 0] = np.array(1 << highest, dtype=np.uint64).astype(dtype)
+        hdus["MASK"] = fits.ImageHDU(pixels, header, name="MASK")
+    found = read_warp_file(path).mask
+    assert found.get("CR").sum() == (highest < 32)
+    assert found.get("NO_DATA").sum() == (highest > 31)
+
+
 def test_a_file_does_not_fit_another_number_of_cells(warp: Warp, tmp_path: Path) -> None:
     stamps = np.random.default_rng(3).uniform(0.5, 1.0, size=(3, 2, 9, 9))
     path = tmp_path / "warp.fits"

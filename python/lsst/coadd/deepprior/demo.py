@@ -66,12 +66,23 @@ def _simulate(warps: Path, repo: Path) -> list[Path]:
     )  # fmt: skip
     complete = warps / "complete"
     if not complete.is_file() or complete.read_text() != " ".join(arguments):
+        if foreign := _foreign_file(warps):
+            raise click.ClickException(
+                f"{foreign} is no file of the demo, which would remove {warps}; name another directory."
+            )
         if complete.is_file() and repo.exists():
             shutil.rmtree(repo)
         shutil.rmtree(warps, ignore_errors=True)
         _run(_command("deepprior"), "simulate", warps, *arguments)
         complete.write_text(" ".join(arguments))
     return sorted(warps.glob("warp_*.fits"))
+
+
+def _foreign_file(warps: Path) -> Path | None:
+    """Return a file in the folder of the warps that no simulation has made, `None` if there is none."""
+    names = ("warp_*.fits", "truth_*.ecsv", "complete")
+    inside = sorted(warps.iterdir()) if warps.is_dir() else []
+    return next((path for path in inside if not any(map(path.match, names))), None)
 
 
 def _n_processes() -> int:

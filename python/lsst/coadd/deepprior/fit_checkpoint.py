@@ -159,7 +159,8 @@ class FitCheckpoint:
             Raised if the state belongs to other inputs or settings.
         """
         for left_over in self._path.parent.glob(f".{glob.escape(self._path.name)}.*"):
-            left_over.unlink(missing_ok=True)  # of a process that was killed while it wrote
+            with contextlib.suppress(OSError):  # of others, or on a disk that can only be read
+                left_over.unlink()  # of a process that was killed while it wrote
         try:
             state = read_checkpoint(self._path, self._facts, owner="a fit", advice=_ADVICE)
         except DamagedCheckpointError as err:

@@ -19,9 +19,11 @@ __all__ = (
 import contextlib
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sqlalchemy.exc
@@ -38,6 +40,7 @@ from lsst.daf.butler import (
 from lsst.daf.butler.registry import CollectionTypeError, ConflictingDefinitionError
 from lsst.images import YX, Box, Interval, SkyProjection, TractFrame
 from lsst.images.cells import CellGrid, PatchDefinition
+from lsst.resources import ResourcePath
 
 from .cells import cover_with_cells
 from .dimension_records import check_records, insert_patch, insert_visits, records
@@ -209,6 +212,11 @@ def _open(repo: str | Path) -> Butler | None:
         raise IngestError(f"{repo} cannot be opened as a Butler repository: {err}.") from err
     if is_there:
         return open_repository(repo, writeable=True)
+    place = ResourcePath(str(repo), forceDirectory=True).ospath
+    if place != os.path.join(os.path.abspath(repo), ""):
+        raise IngestError(
+            f"{repo} would be made as {place}, since the Butler takes it for a URI; use no # and %."
+        )
     if occupied:
         raise IngestError(
             f"{repo} exists but is not a Butler repository; name one, an empty directory or a new directory."
@@ -294,8 +302,23 @@ def _stored_grid(
         refs = butler.query_datasets(DATASET_TYPE, "*", find_first=False, data_id=data_id, limit=1)
     except (EmptyQueryResultError, MissingDatasetTypeError):
         return None
-    psf, sky_projection = (butler.get(refs[0].makeComponentRef(name)) for name in ("psf", "sky_projection"))
+    psf, sky_projection = (
+        _read(butler, refs[0].makeComponentRef(name)) for name in ("psf", "sky_projection")
+    )
     return psf.grid, sky_projection
+
+
+def _read(butler: Butler, ref: DatasetRef) -> Any:
+    """Read a stored warp, or a component of it."""
+    try:
+        return butler.get(ref)
+    except (OSError, sqlalchemy.exc.SQLAlchemyError):
+        raise
+    except Exception as err:  # a damaged file can raise anything
+        reason = str(err).split("\n")[0].rstrip(".")
+        raise IngestError(
+            f"A warp that {ref.run} holds cannot be read; remove it and ingest it again ({reason})."
+        ) from err
 
 
 def _tract_wcs(sky_projection: SkyProjection[TractFrame]) -> WCS | None:
@@ -414,7 +437,7 @@ def _drop_stored(butler: Butler, tiles: Sequence[_Tile], run: str, progress: Pro
             if ref is None:
                 new.append(header)
                 continue
-            if not _is_same(tile.read(header), Warp.from_cell_coadd(butler.get(ref))):
+            if not _is_same(tile.read(header), Warp.from_cell_coadd(_read(butler, ref))):
                 raise InvalidWarpFileError(
                     header.path,
                     f"the collection {run} holds another warp of {header.label} for this patch; ingest into "

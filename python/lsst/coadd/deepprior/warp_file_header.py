@@ -11,6 +11,7 @@ __all__ = ("MAX_SKYMAP_LENGTH", "RefusalError", "WarpFileHeader", "night_of", "r
 
 import dataclasses
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -34,6 +35,9 @@ _NO_NIGHT = 19700101
 
 _GRID_KEYWORDS = ("CELLSZ", "PATX0", "PATY0", "PATNX", "PATNY")
 
+
+_WCS_NUMBERS = re.compile(r"(CRVAL|CDELT|CROTA)\d|(CD|PC)\d_\d")
+"""Keywords of a WCS that wcslib takes for absent where they are texts."""
 
 _LARGEST_INTEGER = 2**63 - 1
 """Largest integer that the database of a repository holds."""
@@ -225,6 +229,10 @@ def _read_cells(header: fits.Header) -> CellGrid | None:
 
 def _read_wcs(header: fits.Header, start: YX[int]) -> WCS:
     """Return the WCS of the tract from that of an array whose first pixel lies at ``start``."""
+    for name in filter(_WCS_NUMBERS.fullmatch, header):
+        _number(header, name)
+    if missing := [name for name in ("CRVAL1", "CRVAL2") if _value(header, name) is None]:
+        raise RefusalError(f"the WCS of IMAGE has no {missing[0]}")
     header = header.copy()
     header["CRPIX1"] = (_number(header, "CRPIX1") or 0.0) + start.x
     header["CRPIX2"] = (_number(header, "CRPIX2") or 0.0) + start.y

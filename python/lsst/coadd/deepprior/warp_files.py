@@ -297,8 +297,8 @@ def _interpret(path: Path, hdus: Mapping[str, tuple[fits.Header, np.ndarray]]) -
     )
 
 
-def _check_unit(name: str, text: str, allowed: tuple[u.UnitBase, ...]) -> None:
-    if u.Unit(text, parse_strict="silent") not in allowed:
+def _check_unit(name: str, text: object, allowed: tuple[u.UnitBase, ...]) -> None:
+    if not isinstance(text, str) or u.Unit(text, parse_strict="silent") not in allowed:
         found = f"in the unit {text!r}" if text else "without BUNIT"
         raise RefusalError(f"{name} is {found}; it must be in {allowed[0]}")
 
@@ -334,7 +334,8 @@ def _read_mask(header: fits.Header, array: np.ndarray, bbox: Box) -> Mask:
     for name, bit in bits.items():
         if not isinstance(bit, int) or not 0 <= bit <= 31:
             raise RefusalError(f"MP_{name} = {bit!r} is not the number of a mask bit, 0 to 31")
-    pixels = array.astype(np.int64) & 0xFFFFFFFF
+    # Through an unsigned type of the same size, in which the highest bit is no sign.
+    pixels = array.astype(f"u{array.dtype.itemsize}").astype(np.uint64)
     names = dict.fromkeys([*bits, "NO_DATA"])
     mask = Mask(
         schema=MaskSchema([MaskPlane(name, f"Plane {name} of the warp file.") for name in names]), bbox=bbox
@@ -342,5 +343,5 @@ def _read_mask(header: fits.Header, array: np.ndarray, bbox: Box) -> Mask:
     for name, bit in bits.items():
         mask.set(name, (pixels >> bit) & 1)
     named = sum(1 << bit for bit in set(bits.values()))
-    mask.set("NO_DATA", pixels & ~named)
+    mask.set("NO_DATA", pixels & ~np.uint64(named))
     return mask

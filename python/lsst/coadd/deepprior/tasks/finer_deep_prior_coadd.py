@@ -22,7 +22,7 @@ from ..finer_warps import FinerWarps, normal_skymap
 from ..warps import Warp
 from .deep_prior_coadd import DeepPriorCoaddTask
 from .deep_prior_coadd_config import DeepPriorCoaddConfig, DeepPriorCoaddConnections
-from .finer_inputs import FinerConfig, look_up_in_normal_skymap
+from .finer_inputs import FinerConfig, check_lookups, look_up_in_normal_skymap
 
 if TYPE_CHECKING:
     from ..weights import TrainedNetwork
@@ -61,9 +61,7 @@ class FinerDeepPriorCoaddConnections(
                 self._other_skymaps.add(skymap)
                 _LOG.info(message)
             raise NoWorkFound(message)
-        _, refs = inputs["direct_warps" if "direct_warps" in inputs else "warps"]
-        if not refs:
-            raise NoWorkFound(f"There are no warps for {data_id}.")
+        check_lookups(inputs, data_id)
         return super().adjustQuantum(inputs, outputs, label, data_id)
 
 

@@ -7,16 +7,16 @@
 
 from __future__ import annotations
 
-__all__ = ("FinerConfig", "find_in_normal_skymap", "look_up_in_normal_skymap")
+__all__ = ("FinerConfig", "check_lookups", "find_in_normal_skymap", "look_up_in_normal_skymap")
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lsst.daf.butler import DataCoordinate, DatasetRef, DatasetType, MissingDatasetTypeError
 from lsst.daf.butler.registry import Registry
 from lsst.pex.config import ChoiceField, Config
-from lsst.pipe.base import PipelineTaskConnections
+from lsst.pipe.base import NoWorkFound, PipelineTaskConnections
 from lsst.pipe.base.connectionTypes import PrerequisiteInput
 
 from ..finer_warps import normal_skymap
@@ -104,3 +104,30 @@ def look_up_in_normal_skymap(connections: Any, oversampling: int) -> None:
             lookupFunction=functools.partial(find_in_normal_skymap, oversampling=oversampling),
         )
         setattr(connections, name, found)
+
+
+def check_lookups(inputs: Mapping[str, Any], data_id: DataCoordinate) -> None:
+    """Check that the warps of a quantum were found in their skymap, and its definition if it is needed.
+
+    Parameters
+    ----------
+    inputs : `~collections.abc.Mapping`
+        Connections and datasets, as ``adjustQuantum`` gets them.
+    data_id : `lsst.daf.butler.DataCoordinate`
+        Data ID of the quantum.
+
+    Raises
+    ------
+    lsst.pipe.base.NoWorkFound
+        Raised if there are no warps.
+    FileNotFoundError
+        Raised if the sky map of direct warps is missing.
+    """
+    _, warps = inputs["direct_warps" if "direct_warps" in inputs else "warps"]
+    if not warps:
+        raise NoWorkFound(f"There are no warps for {data_id}.")
+    if "sky_map" in inputs and not inputs["sky_map"][1]:
+        raise FileNotFoundError(
+            f"The input collections have no {inputs['sky_map'][0].name} of the skymap that the warps for "
+            f"{data_id} belong to."
+        )

@@ -13,12 +13,14 @@ __all__ = (
     "FinerPlotDeepPriorCoaddTask",
 )
 
+from typing import Any
+
 from lsst.images.cells import CellCoadd
 
 from ..direct_warps import PatchGeometry
 from ..finer_warps import coarser_geometry, finer_warp
 from ..warps import Warp
-from .finer_inputs import FinerConfig, look_up_in_normal_skymap
+from .finer_inputs import FinerConfig, check_lookups, look_up_in_normal_skymap
 from .plot_deep_prior_coadd import (
     PlotDeepPriorCoaddConfig,
     PlotDeepPriorCoaddConnections,
@@ -34,6 +36,11 @@ class FinerPlotDeepPriorCoaddConnections(
     def __init__(self, *, config: FinerPlotDeepPriorCoaddConfig) -> None:
         super().__init__(config=config)
         look_up_in_normal_skymap(self, config.oversampling)
+
+    def adjustQuantum(self, inputs: Any, outputs: Any, label: str, data_id: Any) -> Any:  # noqa: N802
+        """Leave out patches whose warps are not among the input collections."""
+        check_lookups(inputs, data_id)
+        return super().adjustQuantum(inputs, outputs, label, data_id)
 
 
 class FinerPlotDeepPriorCoaddConfig(

@@ -127,6 +127,11 @@ class PlotDeepPriorCoaddTask(PipelineTask):
             for handle in inputs.pop("direct_warps" if exposures else "warps")
             if (handle.dataId["instrument"], handle.dataId["visit"]) == (best["instrument"], best["visit"])
         ]
+        if not chosen:
+            raise RuntimeError(
+                f"The warp of {best['instrument']} visit {best['visit']}, which the figure shows, is not "
+                "among the inputs; name its collection, and leave out no visit that was restored."
+            )
         if exposures:
             (warp,) = WarpHandles(chosen, lambda one: warp_from_exposure(one.get(), one.dataId, geometry))
         else:
