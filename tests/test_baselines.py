@@ -54,6 +54,19 @@ def test_a_step_goes_to_the_data_but_no_further_than_a_factor_of_ten(
     assert float(moved[0, *CENTRE]) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("sigma", "damped"), [(0.7, True), (0.85, False)])
+def test_visits_sharper_than_the_target_do_not_make_the_steps_diverge(sigma: float, damped: bool) -> None:
+    """The division by a wider target amplifies fine waves, which steps of full length would do once more."""
+    flux, layout = 20000.0, CellLayout(1, 1, 60, 60)
+    visits = observe(layout, [(30.3, 29.6, flux)], [sigma, 1.05 * sigma, 1.1 * sigma], stamp=17)
+    data = PatchData(visits, layout, 0.85)
+    sets = data.sets()
+    solution = maximum_likelihood(data, sets)
+    assert float(solution.statistics.objective) < 2.0
+    assert float(solution.latent[0, 36:56, 36:56].sum()) == pytest.approx(flux, rel=0.02)
+    assert (sets.damping is not None) == damped
+
+
 def test_extrapolation_keeps_a_tenth_of_a_falling_pixel() -> None:
     """Two equal corrections are followed by a third of nearly the same length."""
     images = [torch.tensor([[values]]) for values in ([20.0, 0.5], [30.0, 0.1], [40.0, 0.1])]

@@ -10,7 +10,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from toy import observe
 
+from lsst.coadd.deepprior.baselines import gaussian_smooth, maximum_likelihood
 from lsst.coadd.deepprior.halves import NoiseHalves, in_halves
 from lsst.coadd.deepprior.noise_correlation import correlated_noise
 from lsst.coadd.deepprior.observation import Observation
@@ -98,3 +100,20 @@ def test_patch_in_halves_measures_the_correlation_of_the_noise() -> None:
     assert float((one * one).sum()) / n == pytest.approx(1.0, abs=0.02)
     for product in (one * other, one[:, 1:] * other[:, :-1], one[1:] * other[:-1]):
         assert abs(float(product.sum()) / n) < 0.013
+
+
+def test_halves_share_no_noise_on_the_scale_of_the_psf_that_the_model_holds() -> None:
+    """What maximum likelihood leaves of a single visit has lost noise of that scale to the model."""
+    sigma = 1.5
+    layout = CellLayout(1, 1, 240, 250)
+    stars = [(x, y, 500.0) for x in range(20, 250, 40) for y in range(25, 240, 50)]
+    data = PatchData(observe(layout, stars, [sigma], seed=5), layout, 0.9)
+    latent = maximum_likelihood(data, data.sets(), steps=40).latent[0]
+    halves = in_halves(data, latent, seed=2)
+    (sky,) = observe(layout, stars, [sigma], noiseless=True)
+    margin = data.margin
+    noise = torch.stack([halves.visit(k).flux[margin:-margin, margin:-margin] for k in (0, 1)])
+    one, other = gaussian_smooth(noise - torch.as_tensor(sky.flux), sigma)
+    shared = float((one * other).sum() / (one.norm() * other.norm()))
+    # 4 standard errors of independent noise that is smoothed so far.
+    assert abs(shared) < 0.062

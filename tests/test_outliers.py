@@ -17,6 +17,7 @@ from lsst.coadd.deepprior.noise import CoaddLayers, coadd_layers
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.outliers import find_outliers, local_level, outlier_table, shared_deficit
 from lsst.coadd.deepprior.patch_data import PatchData
+from lsst.coadd.deepprior.resampling import Resampling
 
 LAYOUT = CellLayout(2, 3, 40, 36)
 SIGMA = 0.9
@@ -51,6 +52,23 @@ def test_what_touches_an_outlier_is_rejected_from_2_5_standard_deviations() -> N
     residual[20, 20] = 6.0
     outliers = find_outliers(residual, torch.full((30, 30), 2.0), torch.ones(30, 30, dtype=torch.bool))
     assert outliers.nonzero().tolist() == [[10, 10], [10, 11]]
+
+
+def test_correlated_noise_has_no_outlier_that_smoothing_makes() -> None:
+    """Resampled noise is 1.3 times larger than white noise when it is smoothed; a trail still stands out."""
+    shape = (900, 1000)
+    resampling = Resampling(shape, "lanczos3", shift=(0.5, 0.5))
+    noise = resampling.image(np.random.default_rng(2).standard_normal(resampling.detector_shape))
+    noise /= np.sqrt(resampling.variance(np.ones(resampling.detector_shape)))
+    slope = np.linspace(-0.3, 0.3, shape[0])[:, None]
+    residual = torch.as_tensor(noise + slope, dtype=torch.float32)
+    everywhere = torch.ones(shape, dtype=torch.bool)
+    assert not find_outliers(residual, torch.ones(shape), everywhere).any()
+    residual[400:402] += 2.5
+    found = find_outliers(residual, torch.ones(shape), everywhere)
+    assert found[400:402].to(torch.float32).mean() > 0.5
+    assert not found[:390].any()
+    assert not found[412:].any()
 
 
 def test_a_transient_is_found_with_its_position_and_flux() -> None:

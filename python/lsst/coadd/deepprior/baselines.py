@@ -126,9 +126,9 @@ def maximum_likelihood_step(latent: torch.Tensor, statistics: SetStatistics) -> 
     TMI 5, 61) on the clipped data; like Richardson-Lucy it keeps u positive. The prediction is that of the
     Gram form times the part of it that had data at the linearisation, so that masked pixels, saturated cores
     and edges slow nothing down. The ratio is kept above 0.1 so that a pixel that a later refresh needs can
-    come back.
+    come back. Where PSFs are sharper than the target, it is taken to a power below 1.
     """
-    new = statistics.sets.gram.forward(latent)
+    new, damping = statistics.sets.gram.forward(latent), statistics.sets.damping
     tiny = torch.finfo(latent.dtype).tiny
 
     def multiply(
@@ -139,6 +139,8 @@ def maximum_likelihood_step(latent: torch.Tensor, statistics: SetStatistics) -> 
         seen: torch.Tensor,
     ) -> None:
         ratio = torch.div(seen, new.mul_(coverage).clamp_min_(tiny), out=new).clamp_(0.1, 10.0)
+        if damping is not None:
+            ratio.pow_(damping)
         ratio.masked_fill_(uncovered, 1.0).mul_(latent)
 
     by_rows(multiply, new, latent, statistics.coverage, statistics.uncovered, statistics.seen)

@@ -20,6 +20,7 @@ import scipy.fft
 import scipy.ndimage
 import torch
 
+from .operators import CellConvolution
 from .outliers import OUTLIER_PSF_ERROR, find_outliers
 from .patch_data import PatchData
 
@@ -33,6 +34,10 @@ _SIGNIFICANT = 3.0
 
 _SKY = 1.0
 """Largest model, in units of the noise of the visit, of pixels that count as sky."""
+
+_CLAIMED = 4.0
+"""Significance of the model under the PSF from which it is light: below, it may be the noise of the visits,
+and what such a model leaves of them lacks the noise of the scale of the PSF."""
 
 _OUTLIER_REACH = 10
 """Distance in pixels of a visit from an outlier up to which nothing counts as sky: the wings of a trail, too
@@ -135,7 +140,7 @@ def visit_correlations(data: PatchData, latent: torch.Tensor) -> np.ndarray:
     data : `~lsst.coadd.deepprior.patch_data.PatchData`
         The visits. The image of noise alone, where one has it, is measured in place of the sky.
     latent : `torch.Tensor`, (y, x)
-        Latent image u on the canvas, in nJy, which is subtracted from the visits.
+        Latent image u on the canvas, in nJy, whose significant light is subtracted from the visits.
 
     Returns
     -------
@@ -147,6 +152,7 @@ def visit_correlations(data: PatchData, latent: torch.Tensor) -> np.ndarray:
     reach = step * REACH
     result = np.zeros((len(data), 2 * reach + 1, 2 * reach + 1))
     result[:, reach, reach] = 1.0
+    latent = _claimed(data, latent)
     for index, observation, visit in data.read():
         found = result[index, ::step, ::step]
         if observation.noise is not None:
@@ -176,3 +182,11 @@ def visit_correlations(data: PatchData, latent: torch.Tensor) -> np.ndarray:
         if where.any():
             found[...] = noise_correlation(values - values[where].mean(), where)
     return result
+
+
+def _claimed(data: PatchData, latent: torch.Tensor) -> torch.Tensor:
+    """Return the light of a latent image that is significant under the PSF, (y, x), in nJy."""
+    light = CellConvolution(data.gram_kernel(), data.layout, data.margin).forward(latent)
+    noise = data.matched_noise()
+    significance = torch.where(noise > 0.0, light / noise, torch.inf)
+    return torch.where(significance > _CLAIMED, latent, 0.0)

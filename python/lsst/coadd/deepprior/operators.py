@@ -179,6 +179,14 @@ class CellConvolution:
         """Memory of the transfer functions (`int`)."""
         return self._transfer.untyped_storage().nbytes()
 
+    @property
+    def gain(self) -> torch.Tensor:
+        """Largest factor by which a wave is amplified beyond a constant image, in any cell
+        (`torch.Tensor`, (...)).
+        """
+        largest, constant = self._transfer.abs().amax(dim=(-2, -1)), self._transfer[..., 0, 0].abs()
+        return torch.where(constant > 0.0, largest / constant, 0.0).amax(dim=(-2, -1))
+
     def __getitem__(self, index: int | slice) -> CellConvolution:
         """Select one or several of the operators of the leading dimension."""
         selected = copy.copy(self)

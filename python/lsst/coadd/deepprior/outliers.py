@@ -18,6 +18,7 @@ __all__ = (
 )
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,12 @@ pixel, or varies by some per cent, is not rejected."""
 
 _OUTLIER_SMOOTHING = 1.5
 """Sigma in pixels of the Gaussian that gathers faint trails, a little narrower than usual seeing."""
+
+_APART = 16
+"""Distance in pixels at which smoothed noise is independent, and sky that is left is the same."""
+
+_ENOUGH = 200
+"""Least number of pairs of pixels that tell the scatter of smoothed noise, to some per cent."""
 
 _SQUARE = 32
 """Side in pixels of the squares that levels are measured in: smaller than the bowl that the subtraction of a
@@ -80,6 +87,7 @@ def find_outliers(residual: torch.Tensor, scale: torch.Tensor, good: torch.Tenso
         _smoothed(image, row) for image, row in ((bounded, profile), (good.to(scale.dtype), profile.square()))
     )
     together = torch.where(good, smooth / norm.clamp_min(1e-6).sqrt(), 0.0)
+    together /= _scatter(together, good)
     return _grown_peaks(deviation.abs(), 1) | _grown_peaks(together.abs(), 3)
 
 
@@ -141,6 +149,20 @@ def _smoothed(image: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
     half = len(profile) // 2
     rows = torch.nn.functional.conv2d(image[None, None], profile[None, None, :, None], padding=(half, 0))
     return torch.nn.functional.conv2d(rows, profile[None, None, None], padding=(0, half))[0, 0]
+
+
+def _scatter(together: torch.Tensor, good: torch.Tensor) -> float:
+    """Return the scatter of smoothed deviations, 1 at least and for white noise.
+
+    It is that of their differences between places that are apart, so that a slope of the sky does not count.
+    """
+    first, second = (np.s_[::4, :-_APART:4], np.s_[::4, _APART::4])
+    differences = (together[first] - together[second])[good[first] & good[second]]
+    if len(differences) < _ENOUGH:
+        return 1.0
+    share = torch.tensor([0.1587, 0.8413], dtype=differences.dtype, device=differences.device)
+    low, high = differences.quantile(share).tolist()
+    return max(1.0, 0.5 * (high - low) / math.sqrt(2.0))
 
 
 def _grown_peaks(significance: torch.Tensor, reach: int) -> torch.Tensor:

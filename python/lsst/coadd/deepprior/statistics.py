@@ -44,6 +44,10 @@ from .parallel import by_rows
 _MIN_COVERAGE = 1e-3
 """Part of the prediction that must have data for a pixel to be changed."""
 
+_MAX_GAIN = 4.0 / 3.0
+"""Gain of A up to which multiplicative steps with extrapolation are stable. On a constant image a step takes
+the part (1 - gain) of a wave over to the next; the limit is 2 without extrapolation."""
+
 MAX_COVERAGE = 2.0
 """Largest coverage; a bound of 1 would shift the solution where A predicts less than the visits do."""
 
@@ -85,6 +89,14 @@ class VisitSets:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    @functools.cached_property
+    def damping(self) -> torch.Tensor | None:
+        """Power of the ratios of multiplicative steps that keeps them stable where PSFs are sharper than the
+        target; `None` where all are 1 (`torch.Tensor`, (set, 1, 1)).
+        """
+        gain = self.gram.gain[:, None, None]
+        return torch.where(gain > _MAX_GAIN, 1.0 / gain, 1.0) if bool((gain > _MAX_GAIN).any()) else None
 
     def __getitem__(self, some: slice) -> VisitSets:
         """Select sets."""
