@@ -79,7 +79,6 @@ def test_another_scene_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def simulate(command: str, *arguments: str | Path) -> None:
         calls.append(arguments)
-        (tmp_path / "warps").mkdir()
         (tmp_path / "warps" / f"warp_{len(calls)}.fits").touch()
 
     monkeypatch.setattr(demo, "_run", simulate)
@@ -96,18 +95,19 @@ def test_another_scene_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert names() == ["warp_2.fits"]
     assert not repo.exists()
     assert calls[-1][calls[-1].index("--visits") + 1] == "5"
-    (warps / "complete").unlink()
+    (warps / "complete").write_text("")  # as an interrupted simulation leaves it
     assert names() == ["warp_3.fits"]
     assert repo.exists()  # it is not known to be the demo's
 
 
-def test_a_folder_of_other_warps_is_not_removed(small: None, tmp_path: Path) -> None:
-    own = tmp_path / "warps" / "night1.fits"
-    own.parent.mkdir()
+@pytest.mark.parametrize("name", ["warps", "warps/warp_4001.fits"])
+def test_warps_of_others_are_not_removed(small: None, tmp_path: Path, name: str) -> None:
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
     own.touch()
     result = click.testing.CliRunner().invoke(demo.main, [str(tmp_path)])
     assert result.exit_code == 1
-    assert f"{own} is no file of the demo" in result.output
+    assert f"{tmp_path / 'warps'} was not made by the demo" in result.output
     assert own.exists()
 
 

@@ -207,7 +207,9 @@ def _templates(bands: Sequence[BandLight]) -> list[tuple[torch.Tensor, torch.Ten
     for place, source in enumerate(bands):
         others = {n: typical_ratio(band, source) for n, band in enumerate(bands) if n != place}
         ratios = {n: ratio for n, ratio in others.items() if ratio is not None}
-        missing = {n: _missing(bands[n], ratio * source.latent) for n, ratio in ratios.items()}
+        missing: dict[int, torch.Tensor] = {}
+        if len(ratios) > 1:
+            missing = {n: _missing(bands[n], ratio * source.latent) for n, ratio in ratios.items()}
         for n, ratio in ratios.items():
             weight = source.depth / ratio**2
             depth[n] += weight

@@ -59,30 +59,28 @@ def _run(*arguments: str | Path) -> None:
 
 
 def _simulate(warps: Path, repo: Path) -> list[Path]:
-    """Make the warp files, unless those of the same scene are there; the repository of another is removed."""
+    """Make the warp files, unless those of the same scene are there; those of another are removed with its
+    repository.
+    """
     arguments = (
         "--patches", str(_PATCHES), "--bands", ",".join(_BANDS), "--visits", str(_VISITS),
         "--cell-size", "125",
     )  # fmt: skip
     complete = warps / "complete"
-    if not complete.is_file() or complete.read_text() != " ".join(arguments):
-        if foreign := _foreign_file(warps):
+    scene = complete.read_text() if complete.is_file() else None
+    if scene != " ".join(arguments):
+        if scene is None and warps.exists() and not (warps.is_dir() and next(warps.iterdir(), None) is None):
             raise click.ClickException(
-                f"{foreign} is no file of the demo, which would remove {warps}; name another directory."
+                f"{warps} was not made by the demo, which would remove it; name another directory."
             )
-        if complete.is_file() and repo.exists():
+        if scene and repo.exists():
             shutil.rmtree(repo)
         shutil.rmtree(warps, ignore_errors=True)
+        warps.mkdir(parents=True)
+        complete.touch()
         _run(_command("deepprior"), "simulate", warps, *arguments)
         complete.write_text(" ".join(arguments))
     return sorted(warps.glob("warp_*.fits"))
-
-
-def _foreign_file(warps: Path) -> Path | None:
-    """Return a file in the folder of the warps that no simulation has made, `None` if there is none."""
-    names = ("warp_*.fits", "truth_*.ecsv", "complete")
-    inside = sorted(warps.iterdir()) if warps.is_dir() else []
-    return next((path for path in inside if not any(map(path.match, names))), None)
 
 
 def _n_processes() -> int:

@@ -159,8 +159,9 @@ class FitCheckpoint:
             Raised if the state belongs to other inputs or settings.
         """
         for left_over in self._path.parent.glob(f".{glob.escape(self._path.name)}.*"):
-            with contextlib.suppress(OSError):  # of others, or on a disk that can only be read
-                left_over.unlink()  # of a process that was killed while it wrote
+            # Of a process that was killed while it wrote; it may belong to others, or the disk be read-only.
+            with contextlib.suppress(OSError):
+                left_over.unlink()
         try:
             state = read_checkpoint(self._path, self._facts, owner="a fit", advice=_ADVICE)
         except DamagedCheckpointError as err:

@@ -215,7 +215,8 @@ def _open(repo: str | Path) -> Butler | None:
     place = ResourcePath(str(repo), forceDirectory=True).ospath
     if place != os.path.join(os.path.abspath(repo), ""):
         raise IngestError(
-            f"{repo} would be made as {place}, since the Butler takes it for a URI; use no # and %."
+            f"{repo} would be made as {place}, since the Butler takes it for a URI; name a path without "
+            "# and %."
         )
     if occupied:
         raise IngestError(
@@ -312,7 +313,7 @@ def _read(butler: Butler, ref: DatasetRef) -> Any:
     """Read a stored warp, or a component of it."""
     try:
         return butler.get(ref)
-    except (OSError, sqlalchemy.exc.SQLAlchemyError):
+    except (MemoryError, OSError, sqlalchemy.exc.SQLAlchemyError):
         raise
     except Exception as err:  # a damaged file can raise anything
         reason = str(err).split("\n")[0].rstrip(".")

@@ -52,7 +52,7 @@ have to be sharpened for it."""
 
 _SHARPEST = 0.7
 """Seeing, in units of the target PSF (FWHM), below which the kernels of a visit sharpen so much that maximum
-likelihood, whose steps must be short then, does not come near the data; from 0.85 on it does."""
+likelihood, whose steps must be short then, does not come near the data."""
 
 _INNER_TO_TARGET = 0.55
 """Sigma of the inner kernel r over that of the target g: the widest r with which ``r * u, u >= 0`` still
