@@ -149,6 +149,14 @@ def test_source_of_one_band_stays_out_where_all_have_extended_light() -> None:
     assert abs(light_at(image(ONLY) - image(), ONLY)) < 0.005 * ONLY[2]
 
 
+@pytest.mark.parametrize(("ratio", "missing"), [(1.4, 0.0), (5.0, 0.8)])
+def test_light_that_a_band_does_not_have(alone: dict[str, FittedPatch], ratio: float, missing: float) -> None:
+    """Not what another colour explains; and of more, what goes beyond the light that the band has."""
+    light = BandLight(alone["r"].data, alone["r"].sets, alone["r"].points.latent)
+    part = coupling._missing(light, ratio * light.latent)
+    assert part[light.significance(light.latent) > 20.0].numpy() == pytest.approx(missing, abs=1e-3)
+
+
 def test_two_bands_have_no_third_to_ask(with_only: dict[str, FittedPatch]) -> None:
     """The own data alone keep the source out: it would be seen at S/N > 20."""
     pair = {name: with_only[name] for name in ("g", "r")}
