@@ -12,7 +12,6 @@ from toy import observe
 
 from lsst.coadd.deepprior.baselines import (
     AcceleratedSteps,
-    gaussian_smooth,
     maximum_likelihood,
     maximum_likelihood_step,
     robust_start,
@@ -23,21 +22,6 @@ from lsst.coadd.deepprior.statistics import SetStatistics, VisitSets
 
 LAYOUT, MARGIN = CellLayout(1, 2, 40, 30), 8
 CENTRE = MARGIN + 20, MARGIN + 30
-
-
-def test_gpus_do_not_round_what_is_smoothed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorFloat-32 is off in both convolutions, and afterwards as it was."""
-    convolve, rounded = torch.nn.functional.conv2d, []
-
-    def watched(*args: torch.Tensor, **kwargs: tuple[int, int]) -> torch.Tensor:
-        rounded.append(torch.backends.cudnn.allow_tf32)
-        return convolve(*args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
-    before = torch.backends.cudnn.allow_tf32
-    gaussian_smooth(torch.ones(1, 9, 8), 0.8)
-    assert rounded == [False, False]
-    assert torch.backends.cudnn.allow_tf32 == before
 
 
 @pytest.mark.parametrize(
@@ -113,3 +97,15 @@ def test_the_sharp_start_has_the_cores_of_stars() -> None:
     sky = np.s_[MARGIN : MARGIN + 10, MARGIN : MARGIN + 15]
     assert float((sharp - smooth)[sky].abs().max()) < 0.2 * float(smooth[sky].max())
     torch.testing.assert_close(sharp[:4], smooth[:4])
+
+
+def test_pixels_too_dark_to_come_back_are_zero() -> None:
+    """Numbers whose squares are too small for normal ones of float32 take a processor many times as long."""
+    visit = observe(LAYOUT, [(20.0, 30.0, 3000.0)], [1.6], seed=4)[0]
+    visit.flux[:, :20] = -30.0
+    data = PatchData([visit], LAYOUT, 0.9, margin=MARGIN)
+    latent = maximum_likelihood(data, data.sets(), steps=60).latent
+    dark = latent[0, MARGIN + 5 : MARGIN + 35, MARGIN + 2 : MARGIN + 12]
+    assert bool((dark == 0.0).all())
+    smallest = float(latent[latent > 0.0].min().square())
+    assert smallest > torch.finfo(torch.float32).tiny

@@ -12,13 +12,14 @@ import pytest
 import torch
 from toy import observe
 
-from lsst.coadd.deepprior.baselines import gaussian_smooth, maximum_likelihood
+from lsst.coadd.deepprior.baselines import maximum_likelihood
 from lsst.coadd.deepprior.halves import NoiseHalves, in_halves
 from lsst.coadd.deepprior.noise_correlation import correlated_noise
 from lsst.coadd.deepprior.observation import Observation
 from lsst.coadd.deepprior.operators import CellLayout
 from lsst.coadd.deepprior.patch_data import PatchData
 from lsst.coadd.deepprior.psf import gaussian_stamp
+from lsst.coadd.deepprior.smoothing import gaussian_smooth
 
 LAGS = np.zeros((3, 3))
 LAGS[1] = 0.4, 1.0, 0.4

@@ -12,7 +12,6 @@ __all__ = (
     "STAGES",
     "AcceleratedSteps",
     "MaximumLikelihood",
-    "gaussian_smooth",
     "inner_smooth",
     "maximum_likelihood",
     "maximum_likelihood_step",
@@ -25,11 +24,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional
 
 from .parallel import by_rows
 from .patch_data import PatchData
-from .psf import FWHM_PER_SIGMA, gaussian_stamp, inner_sigma
+from .psf import FWHM_PER_SIGMA, inner_sigma
+from .smoothing import gaussian_smooth
 from .statistics import SetStatistics, VisitSets, set_products
 
 PSF_ERRORS = (1.0, 0.3, 0.1, 0.03)
@@ -51,6 +50,10 @@ _FIRST_STEPS, _EARLY_STEPS = 3, 6
 
 _PLAIN_STEPS = 15
 """Number of steps before the acceleration begins."""
+
+_DARK = 1e-18
+"""Latent images below this (nJy) are 0. The squares of such numbers are too small for normal ones of float32,
+and processors take many times as long for those that are not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,31 +97,6 @@ def inner_smooth(latent: torch.Tensor, sigma: float) -> torch.Tensor:
     return gaussian_smooth(latent, inner_sigma(sigma))
 
 
-def gaussian_smooth(images: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Convolve images with a round Gaussian that is sampled at pixel centres.
-
-    Parameters
-    ----------
-    images : `torch.Tensor`, (..., y, x)
-        Images; they are zero outside.
-    sigma : `float`
-        Sigma in pixels.
-
-    Returns
-    -------
-    smooth : `torch.Tensor`, (..., y, x)
-        The convolved images.
-    """
-    profile = torch.as_tensor(gaussian_stamp(sigma).sum(axis=0), dtype=images.dtype, device=images.device)
-    half = len(profile) // 2
-    flat = images.reshape(-1, 1, *images.shape[-2:])
-    # TensorFloat-32 of a GPU, which torch takes for convolutions, would round fluxes to three digits.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        flat = torch.nn.functional.conv2d(flat, profile[None, None, :, None], padding=(half, 0))
-        flat = torch.nn.functional.conv2d(flat, profile[None, None, None], padding=(0, half))
-    return flat.reshape(images.shape)
-
-
 def maximum_likelihood_step(latent: torch.Tensor, statistics: SetStatistics) -> torch.Tensor:
     r"""Multiply by the ratio of data to prediction, :math:`u \leftarrow u\,K^T(w m \hat y) / K^T(w m K u)`.
 
@@ -126,7 +104,8 @@ def maximum_likelihood_step(latent: torch.Tensor, statistics: SetStatistics) -> 
     TMI 5, 61) on the clipped data; like Richardson-Lucy it keeps u positive. The prediction is that of the
     Gram form times the part of it that had data at the linearisation, so that masked pixels, saturated cores
     and edges slow nothing down. The ratio is kept above 0.1 so that a pixel that a later refresh needs can
-    come back. Where PSFs are sharper than the target, it is taken to a power below 1.
+    come back. Where PSFs are sharper than the target, it is taken to a power below 1. What has become darker
+    than anything that could come back is 0.
     """
     new, damping = statistics.sets.gram.forward(latent), statistics.sets.damping
     tiny = torch.finfo(latent.dtype).tiny
@@ -142,6 +121,7 @@ def maximum_likelihood_step(latent: torch.Tensor, statistics: SetStatistics) -> 
         if damping is not None:
             ratio.pow_(damping)
         ratio.masked_fill_(uncovered, 1.0).mul_(latent)
+        torch.threshold_(ratio, _DARK, 0.0)
 
     by_rows(multiply, new, latent, statistics.coverage, statistics.uncovered, statistics.seen)
     return new

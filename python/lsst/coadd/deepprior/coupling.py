@@ -49,11 +49,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .baselines import gaussian_smooth
 from .data_steps import regain_flux
 from .patch_data import PatchData
 from .point_sources import PointSources, point_sources
 from .psf import FWHM_PER_SIGMA
+from .smoothing import gaussian_smooth
 from .statistics import VisitSets
 
 _SCATTER = 0.5

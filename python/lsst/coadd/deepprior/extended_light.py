@@ -14,10 +14,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from .baselines import gaussian_smooth
 from .box_maximum import box_maximum
 from .groups import lower_median, median_of
 from .patch_data import PatchData
+from .smoothing import gaussian_smooth
 from .statistics import VisitSets
 
 _WIDTH = 4.0

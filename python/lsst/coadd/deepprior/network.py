@@ -43,6 +43,10 @@ _LATENT_RANGE = (-12.0, 13.5)
 _TILE = {"cpu": 512, "cuda": 2048}
 """Side in pixels, a multiple of the coarsest pixel, of the tiles of inference by device."""
 
+_DECODED_BORDER = 4
+"""Pixels of the decoder around those that are wanted, at every resolution: its two convolutions reach two,
+the exit one, and the next coarser pixels have to be whole."""
+
 _HALF = ("cuda",)
 """Devices on which inference is in bfloat16, which is no faster on a CPU."""
 
@@ -241,18 +245,23 @@ class Trunk(nn.Module):
         reach = 2 * (2 + 2 * (self._step - 1) + 2 * (self._step // 2 - 1)) + self._step
         self._reach = -(-reach // self._step) * self._step
 
-    def forward(self, channels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, channels: torch.Tensor, inside: tuple[slice, slice] = (slice(None), slice(None))
+    ) -> torch.Tensor:
         """Predict the correction to z.
 
         Parameters
         ----------
         channels : `torch.Tensor`, (set, feature, y, x)
             Features of any shape; they are continued at the edges to a multiple of the coarsest pixel.
+        inside : `tuple` [`slice`], optional
+            Rows and columns that are wanted, from a coarsest pixel on; the decoder leaves out what has no
+            part in them.
 
         Returns
         -------
         correction : `torch.Tensor`, (set, y, x)
-            To be added to z_0.
+            To be added to z_0; of ``inside``.
         """
         ny, nx = channels.shape[-2:]
         padded = torch.nn.functional.pad(
@@ -267,12 +276,24 @@ class Trunk(nn.Module):
             if level < len(self.downs):
                 skips.append(x)
                 x = self.downs[level](x)
+        wanted = [part.indices(n)[:2] for part, n in zip(inside, (ny, nx), strict=True)]
+        origin = [0, 0]
         for level in reversed(range(len(self.downs))):
-            x = skips[level] + torch.nn.functional.interpolate(
-                self.ups[level](x), scale_factor=2, mode="nearest"
-            )
-            x = self.decoders[level](x)
-        return torch.nn.functional.pixel_shuffle(self.exit(x), 2)[:, 0, :ny, :nx]
+            skip, scale = skips[level], 2 ** (level + 1)
+            low = [max(first // scale - _DECODED_BORDER, 0) for first, _ in wanted]
+            high = [
+                min(-(-last // self._step) * (self._step // scale) + _DECODED_BORDER, n)
+                for (_, last), n in zip(wanted, skip.shape[-2:], strict=True)
+            ]
+            for dim, some, begin, end in zip((-2, -1), origin, low, high, strict=True):
+                x = x.narrow(dim, begin // 2 - some, (end - begin) // 2)
+                skip = skip.narrow(dim, begin, end - begin)
+            x = skip + torch.nn.functional.interpolate(self.ups[level](x), scale_factor=2, mode="nearest")
+            x, origin = self.decoders[level](x), low
+        correction = torch.nn.functional.pixel_shuffle(self.exit(x), 2)[:, 0]
+        for dim, some, (first, last) in zip((-2, -1), origin, wanted, strict=True):
+            correction = correction.narrow(dim, first - 2 * some, last - first)
+        return correction
 
     def tile_by_tile(self, channels: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
         """Predict the correction of an image of any size with the memory of a tile, and without seams.
@@ -305,11 +326,12 @@ class Trunk(nn.Module):
             rows, columns = spans
             tile = channels[None, :, rows.source, columns.source]
             padding = (columns.before, 0, rows.before, 0)
+            tile = torch.nn.functional.pad(tile, padding, mode="replicate")
             with half():
-                result = self(torch.nn.functional.pad(tile, padding, mode="replicate"))[0]
-            correction[rows.target, columns.target] = result[rows.inside, columns.inside]
+                result = self(tile, (rows.inside, columns.inside))[0]
+            correction[rows.target, columns.target] = result[rows.outside :, columns.outside :]
 
-        rows, columns = (_spans(n, shift, size, self._reach) for n, shift in ((ny, dy), (nx, dx)))
+        rows, columns = (_spans(n, shift, size, self._step, self._reach) for n, shift in ((ny, dy), (nx, dx)))
         in_parallel(predict, list(itertools.product(rows, columns)), channels)
         return correction
 
@@ -323,12 +345,18 @@ class _Span(NamedTuple):
     """How often the first of them is repeated before them."""
     inside: slice
     """Those of the result that are right."""
+    outside: int
+    """How many of them are before the image."""
     target: slice
-    """Where they belong."""
+    """Where the others belong."""
 
 
-def _spans(length: int, shift: int, size: int, reach: int) -> list[_Span]:
-    """Cut an axis that is shifted by some pixels into tiles with some pixels around them."""
+def _spans(length: int, shift: int, size: int, step: int, reach: int) -> list[_Span]:
+    """Cut an axis that is shifted by some pixels into equal tiles, each a multiple of a step and at most of
+    some size, with some pixels around them.
+    """
+    number = -(-(length + shift) // size)
+    size = step * -(-(length + shift) // (number * step))
     spans = []
     for first in range(0, length + shift, size):
         last = min(first + size, length + shift)
@@ -338,7 +366,8 @@ def _spans(length: int, shift: int, size: int, reach: int) -> list[_Span]:
             _Span(
                 slice(max(low - shift, 0), high - shift),
                 shift if low == 0 else 0,
-                slice(begin - low, last - low),
+                slice(first - low, last - low),
+                begin - first,
                 slice(begin - shift, last - shift),
             )
         )

@@ -30,6 +30,7 @@ import torch
 from .groups import lower_median
 from .noise_correlation import correlated_noise
 from .patch_data import PatchData
+from .shared_spectra import ModelSpectra
 from .statistics import MAX_COVERAGE, StatisticsSums, VisitSets
 
 
@@ -65,13 +66,13 @@ def draw_noise(
     if len(sets) != 1:
         raise ValueError(f"Noise is drawn for one set of all visits, not for {len(sets)}.")
     models = latent[None]
-    sums = StatisticsSums(models, with_coverage=True)
+    sums, seen = StatisticsSums(models, with_coverage=True), ModelSpectra(models)
     every = torch.zeros(1, dtype=torch.int64, device=data.device)
 
     def fluxes(group: int) -> Iterator[torch.Tensor]:
         for index, observation, visit in data.read(np.flatnonzero(data.group == group).tolist()):
             shape = observation.flux.shape
-            prediction = visit.kernel.forward(models)
+            prediction = seen.seen_by(visit.kernel)
             noise = torch.zeros_like(prediction)
             y, x = (o + data.margin for o in observation.origin)
             drawn = correlated_noise(shape, correlations[index], np.random.default_rng([seed, index]))

@@ -11,7 +11,6 @@ __all__ = ("CellConvolution", "CellLayout", "gram_kernels")
 
 import copy
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional
 
 from .parallel import in_parallel
+from .tiles import CellTiles, EqualTiles, Tiles
 
 _CACHE_BYTES = 3 * 2**19
 """Size of the tiles that a CPU transforms at once, about that of a core's own cache: 4 times faster than all
@@ -33,9 +33,6 @@ _GPU_PART = 0.1
 
 _ODD_PARTS = (1, 3, 5, 7, 9, 15, 21, 25, 27)
 """Odd parts of the lengths of FFTs, which are multiples of 16."""
-
-_FFT_LENGTH = 512
-"""About the length of the FFT where it can be chosen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,29 +71,6 @@ class CellLayout:
     def canvas_shape(self, margin: int) -> tuple[int, int]:
         """Return the shape of the patch with a margin on all sides."""
         return self.shape[0] + 2 * margin, self.shape[1] + 2 * margin
-
-
-def _ramp_windows(n: int, size: int, margin: int) -> torch.Tensor:
-    """Partition of unity along one axis.
-
-    Returns an array (n, size + 2 margin): row i is the weight of cell i on its own pixels and ``margin``
-    pixels to both sides; raised cosines cross over at every inner border, and the first and last cell keep
-    the outer margin.
-    """
-    half = min(margin, size // 2)
-    length = size + 2 * margin
-    position = torch.arange(length, dtype=torch.float64) + 0.5 - margin
-    windows = torch.ones(n, length, dtype=torch.float64)
-    if half == 0:
-        inside = ((position > 0) & (position < size)).to(torch.float64)
-        rise = (position > 0).to(torch.float64)
-        fall = inside + (position <= 0)
-    else:
-        rise = 0.5 - 0.5 * torch.cos(math.pi * ((position + half) / (2 * half)).clamp(0.0, 1.0))
-        fall = 0.5 + 0.5 * torch.cos(math.pi * ((position - size + half) / (2 * half)).clamp(0.0, 1.0))
-    windows[1:] *= rise
-    windows[:-1] *= fall
-    return windows
 
 
 class CellConvolution:
@@ -146,11 +120,11 @@ class CellConvolution:
         self.shape = layout.canvas_shape(margin)
         self.halo = k // 2
         self._batch = kernels.shape[:-4]
-        self._tiles: _Tiles = _CellTiles(layout, margin, used)
+        self._tiles: Tiles = CellTiles(layout, margin, used)
         first = kernels[..., :1, :1, :, :]
         if bool((kernels - first).abs().max() <= 4.0 * torch.finfo(kernels.dtype).eps * first.abs().max()):
             kernels = kernels[..., :1, :1, :, :]
-            self._tiles = _EqualTiles(self.shape, self.halo)
+            self._tiles = EqualTiles(self.shape, self.halo)
         tile = self._tiles.tile
         self._fft_shape = tuple(_fast_length(t + 2 * self.halo) for t in tile)
         self._windows = self._tiles.windows(kernels.dtype, kernels.device)
@@ -194,13 +168,15 @@ class CellConvolution:
         selected._batch = selected._transfer.shape[:-4]
         return selected
 
-    def forward(self, model: torch.Tensor) -> torch.Tensor:
+    def forward(self, model: torch.Tensor, spectra: torch.Tensor | None = None) -> torch.Tensor:
         """Apply K.
 
         Parameters
         ----------
         model : `torch.Tensor`, (..., y, x)
             Image on the canvas; leading dimensions broadcast with those of the kernels.
+        spectra : `torch.Tensor`, (..., i, j, f, g), optional
+            What `spectra` returns for the model, to save the work.
 
         Returns
         -------
@@ -208,52 +184,151 @@ class CellConvolution:
             K u on the canvas.
         """
         self._check(model)
-        return self._apply(model, self._windows, adjoint=False)
+        gathered = self._gathered(model)
+
+        def predicted(block: tuple[slice, slice]) -> torch.Tensor:
+            transfer = self._of_block(block)
+            if spectra is None:
+                spectrum = _product(gathered(block), transfer)
+            else:
+                spectrum = spectra[..., *block, :, :] * transfer
+            inside = self._inside(self._back(spectrum))
+            return inside if self._windows is None else inside.mul_(self._windows[block])
+
+        return self._added_up(model, predicted)
 
     def adjoint(self, image: torch.Tensor) -> torch.Tensor:
         """Apply the transpose of K; parameters and return value are those of `forward`."""
         self._check(image)
-        windows = self._windows
-        if windows is None:
-            return self._apply(image, None, adjoint=True)
-        tiles, halo = self._tiles, self.halo
-        lead = self._lead(image)
-        total = image.new_zeros((*lead, *(n + 2 * halo for n in self.shape)))
-        height, width = tiles.tile
+        given = self._given(image)
 
-        def spread(block: tuple[slice, slice]) -> None:
+        def filtered(block: tuple[slice, slice]) -> torch.Tensor:
+            return self._back(_product(given(block), self._of_block(block).conj()))
+
+        return self._spread(image, filtered)
+
+    @property
+    def tiling(self) -> tuple[object, ...]:
+        """What operators have in common that can share spectra (`tuple`)."""
+        return (*self._tiles.geometry, self._fft_shape, self.halo)
+
+    def spectra(self, model: torch.Tensor) -> torch.Tensor:
+        """Transform a model for the `forward` of all operators of this tiling, (..., i, j, f, g)."""
+        self._check(model)
+        gathered, result = self._gathered(model), self.no_spectra(model)
+
+        def transform(block: tuple[slice, slice]) -> None:
+            result[..., *block, :, :] = gathered(block)
+
+        self._tiles.for_blocks(transform, self._at_once(model, model.shape[:-2]), 0, model, unused=True)
+        return result
+
+    def no_spectra(self, image: torch.Tensor) -> torch.Tensor:
+        """Return spectra of nothing for an image of this shape, (..., i, j, f, g)."""
+        ny, nx = self._fft_shape
+        shape = (*image.shape[:-2], *self._tiles.number, ny, nx // 2 + 1)
+        return image.new_zeros(shape, dtype=image.dtype.to_complex())
+
+    def add_adjoint(self, image: torch.Tensor, spectra: torch.Tensor) -> None:
+        """Add the conjugate spectra of K^T y to those of other operators of this tiling.
+
+        Parameters
+        ----------
+        image : `torch.Tensor`, (..., y, x)
+            Image y on the canvas.
+        spectra : `torch.Tensor`, (..., i, j, f, g)
+            What is added to.
+        """
+        self._check(image)
+        given = self._given(image)
+
+        def add(block: tuple[slice, slice]) -> None:
+            spectra[..., *block, :, :].addcmul_(given(block).conj_physical_(), self._of_block(block))
+
+        self._tiles.for_blocks(add, self._at_once(image, image.shape[:-2]), 0, image)
+
+    def adjoint_of(self, spectra: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return the image of spectra that `add_adjoint` has added up, (..., y, x), like another image."""
+        return self._spread(
+            like, lambda block: self._back(spectra[..., *block, :, :].conj_physical()), unused=True
+        )
+
+    def _gathered(self, image: torch.Tensor) -> Callable[[tuple[slice, slice]], torch.Tensor]:
+        """Return a function that transforms the tiles of a block, with their halos."""
+        # Pixels beyond the tile and its halo wrap around to nowhere.
+        tiles, shape, halo = self._tiles, self._fft_shape, self.halo
+        return lambda block: torch.fft.rfft2(tiles.view(image, *block, shape, halo))
+
+    def _given(self, image: torch.Tensor) -> Callable[[tuple[slice, slice]], torch.Tensor]:
+        """Return a function that transforms the tiles of a block as an adjoint takes them: weighted with
+        their windows and without their halos, where there are windows.
+        """
+        (height, width), halo, windows = self._tiles.tile, self.halo, self._windows
+        if windows is None:
+            return self._gathered(image)
+
+        def transform(block: tuple[slice, slice]) -> torch.Tensor:
             # Zeros around the tile keep what wraps around apart.
-            here = tiles.view(image, *block, tiles.tile)
+            here = self._tiles.view(image, *block, self._tiles.tile)
             padded = image.new_zeros((*here.shape[:-2], *self._fft_shape))
             inside = padded[..., halo : halo + height, halo : halo + width]
             torch.mul(here, windows[block], out=inside)
-            result = self._filter(padded, self._transfer[..., *block, :, :].conj())
-            tiles.add(total, *block, result[..., : height + 2 * halo, : width + 2 * halo])
+            return torch.fft.rfft2(padded)
 
-        tiles.for_blocks(spread, self._at_once(image, lead), height + 2 * halo, image)
-        return total[..., halo : halo + self.shape[0], halo : halo + self.shape[1]]
+        return transform
 
-    def _apply(self, image: torch.Tensor, windows: torch.Tensor | None, *, adjoint: bool) -> torch.Tensor:
-        """Convolve tile by tile and add up what is inside the tiles, weighted with windows if there are."""
-        tiles, halo = self._tiles, self.halo
+    def _back(self, spectrum: torch.Tensor) -> torch.Tensor:
+        """Return the tiles of a spectrum, with their halos."""
+        return torch.fft.irfft2(spectrum, s=self._fft_shape)
+
+    def _of_block(self, block: tuple[slice, slice]) -> torch.Tensor:
+        """Return the transfer functions of a block."""
+        return self._transfer if self._windows is None else self._transfer[..., *block, :, :]
+
+    def _inside(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Return tiles without their halos."""
+        (height, width), halo = self._tiles.tile, self.halo
+        return tiles[..., halo : halo + height, halo : halo + width]
+
+    def _added_up(
+        self,
+        image: torch.Tensor,
+        result: Callable[[tuple[slice, slice]], torch.Tensor],
+        *,
+        unused: bool = False,
+    ) -> torch.Tensor:
+        """Add up the tiles without halos of all blocks."""
         lead = self._lead(image)
-        after = [need - have for need, have in zip(tiles.extent(self._fft_shape), self.shape, strict=True)]
-        # Pixels beyond the tile and its halo wrap around to nowhere.
-        padded = torch.nn.functional.pad(
-            image, (halo, max(after[1] - halo, 0), halo, max(after[0] - halo, 0))
+        total = image.new_zeros((*lead, *self._tiles.extent(self._tiles.tile)))
+        self._tiles.for_blocks(
+            lambda block: self._tiles.add(total, *block, result(block)),
+            self._at_once(image, lead),
+            self._tiles.tile[0],
+            image,
+            unused=unused,
         )
-        total = image.new_zeros((*lead, *tiles.extent(tiles.tile)))
-        height, width = tiles.tile
-
-        def convolve(block: tuple[slice, slice]) -> None:
-            transfer = self._transfer if windows is None else self._transfer[..., *block, :, :]
-            here = tiles.view(padded, *block, self._fft_shape)
-            result = self._filter(here, transfer.conj() if adjoint else transfer)
-            result = result[..., halo : halo + height, halo : halo + width]
-            tiles.add(total, *block, result if windows is None else result * windows[block])
-
-        tiles.for_blocks(convolve, self._at_once(image, lead), height, image)
         return total[..., : self.shape[0], : self.shape[1]]
+
+    def _spread(
+        self,
+        image: torch.Tensor,
+        filtered: Callable[[tuple[slice, slice]], torch.Tensor],
+        *,
+        unused: bool = False,
+    ) -> torch.Tensor:
+        """Add up what an adjoint has made of the tiles of all blocks: with their halos, but where they came
+        with them.
+        """
+        if self._windows is None:
+            return self._added_up(image, lambda block: self._inside(filtered(block)), unused=unused)
+        (height, width), halo, lead = self._tiles.tile, self.halo, self._lead(image)
+        total = image.new_zeros((*lead, *(n + 2 * halo for n in self.shape)))
+
+        def spread(block: tuple[slice, slice]) -> None:
+            self._tiles.add(total, *block, filtered(block)[..., : height + 2 * halo, : width + 2 * halo])
+
+        self._tiles.for_blocks(spread, self._at_once(image, lead), height + 2 * halo, image, unused=unused)
+        return total[..., halo : halo + self.shape[0], halo : halo + self.shape[1]]
 
     def _lead(self, image: torch.Tensor) -> Sequence[int]:
         """Return the leading dimensions of what comes of an image."""
@@ -270,14 +345,13 @@ class CellConvolution:
                 f"An image of shape {tuple(image.shape)} is not on the canvas of shape {self.shape}."
             )
 
-    def _filter(self, tiles: torch.Tensor, transfer: torch.Tensor) -> torch.Tensor:
-        """Multiply tiles of the FFT shape by a transfer function."""
-        spectrum = torch.fft.rfft2(tiles)
-        if spectrum.shape[:-4] == transfer.shape[:-4] or transfer.ndim == 4:
-            spectrum *= transfer
-        else:
-            spectrum = spectrum * transfer
-        return torch.fft.irfft2(spectrum, s=self._fft_shape)
+
+def _product(spectrum: torch.Tensor, transfer: torch.Tensor) -> torch.Tensor:
+    """Multiply a spectrum, which may be overwritten, by transfer functions."""
+    if spectrum.shape[:-4] == transfer.shape[:-4] or transfer.ndim == 4:
+        spectrum *= transfer
+        return spectrum
+    return spectrum * transfer
 
 
 def _fast_length(least: int) -> int:
@@ -297,124 +371,6 @@ def _tiles_at_once(n_pixels: int, like: torch.Tensor) -> int:
     # What torch holds without need is free as well.
     free += torch.cuda.memory_reserved(like.device) - torch.cuda.memory_allocated(like.device)
     return max(1, int(_GPU_PART * free) // (4 * like.element_size() * n_pixels))
-
-
-class _Tiles:
-    """Equal tiles in rows and columns over a canvas, which may overlap."""
-
-    def __init__(self, number: tuple[int, int], stride: tuple[int, int], tile: tuple[int, int]) -> None:
-        self.tile = tile
-        self._number = number
-        self._stride = stride
-        self._used = np.ones(number, dtype=bool)
-
-    def windows(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-        """Return the weights of the pixels of the tiles, `None` where all are 1."""
-        return None
-
-    def extent(self, tile: Sequence[int]) -> tuple[int, int]:
-        """Return the shape of what tiles of some shape cover."""
-        y, x = ((n - 1) * step + t for n, step, t in zip(self._number, self._stride, tile, strict=True))
-        return y, x
-
-    def for_blocks(
-        self,
-        function: Callable[[tuple[slice, slice]], None],
-        at_once: int,
-        height: int,
-        like: torch.Tensor,
-    ) -> None:
-        """Call a function for all blocks of at most some number of tiles, or one, that are used.
-
-        Rows of blocks whose results of some height do not overlap may be worked on at once, so that the order
-        in which results are added up is always the same.
-
-        Parameters
-        ----------
-        function : `~collections.abc.Callable`
-            Function of the slices of rows and columns of a block.
-        at_once : `int`
-            Number of tiles.
-        height : `int`
-            Number of rows of pixels that a tile adds to.
-        like : `torch.Tensor`
-            A tensor of the computation.
-        """
-        n_rows, n_columns = self._number
-        width, depth = min(at_once, n_columns), min(max(1, at_once // n_columns), n_rows)
-        rows = [slice(i, min(i + depth, n_rows)) for i in range(0, n_rows, depth)]
-        columns = [slice(j, min(j + width, n_columns)) for j in range(0, n_columns, width)]
-
-        def along_row(row: slice) -> None:
-            for column in columns:
-                if self._used[row, column].any():
-                    function((row, column))
-
-        apart = -(-(height + (depth - 1) * self._stride[0]) // (depth * self._stride[0]))
-        for first in range(min(apart, len(rows))):
-            in_parallel(along_row, rows[first::apart], like)
-
-    def view(self, image: torch.Tensor, rows: slice, columns: slice, tile: Sequence[int]) -> torch.Tensor:
-        """Return a block of tiles (..., row, column, y, x) of an image, as a view."""
-        for dim, some, step, length in zip((-2, -1), (rows, columns), self._stride, tile, strict=True):
-            image = image.narrow(dim, some.start * step, (some.stop - some.start - 1) * step + length)
-        return image.unfold(-2, tile[0], self._stride[0]).unfold(-2, tile[1], self._stride[1])
-
-    def add(self, total: torch.Tensor, rows: slice, columns: slice, values: torch.Tensor) -> None:
-        """Add a block of tiles to an image on which each begins where the tile of its number does."""
-        shape = values.shape[-2:]
-        every = [-(-length // step) for length, step in zip(shape, self._stride, strict=True)]
-        for p, q in itertools.product(range(every[0]), range(every[1])):
-            some = values[..., p :: every[0], q :: every[1], :, :]
-            if 0 in some.shape[-4:-2]:
-                continue
-            where = total
-            for dim, first, step, apart, n, length in zip(
-                (-2, -1),
-                (rows.start + p, columns.start + q),
-                self._stride,
-                every,
-                some.shape[-4:-2],
-                shape,
-                strict=True,
-            ):
-                where = where.narrow(dim, first * step, (n - 1) * apart * step + length)
-            where = where.unfold(-2, shape[0], every[0] * self._stride[0])
-            where.unfold(-2, shape[1], every[1] * self._stride[1]).add_(some)
-
-
-class _CellTiles(_Tiles):
-    """One tile a cell, as wide as its window."""
-
-    def __init__(self, layout: CellLayout, margin: int, used: np.ndarray | None) -> None:
-        stride = (layout.height, layout.width)
-        super().__init__((layout.n_i, layout.n_j), stride, (stride[0] + 2 * margin, stride[1] + 2 * margin))
-        self._layout = layout
-        self._margin = margin
-        if used is not None:
-            # The windows of a cell reach into its neighbours.
-            self._used = scipy.ndimage.maximum_filter(used, 3, mode="constant")
-
-    def windows(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return _windows(self._layout, self._margin, dtype, device)
-
-
-class _EqualTiles(_Tiles):
-    """Tiles side by side, of a size whose FFT is fast."""
-
-    def __init__(self, shape: tuple[int, int], halo: int) -> None:
-        number = [max(1, round(length / max(_FFT_LENGTH - 2 * halo, 1))) for length in shape]
-        tile = [-(-length // n) for length, n in zip(shape, number, strict=True)]
-        number = [-(-length // t) for length, t in zip(shape, tile, strict=True)]
-        super().__init__((number[0], number[1]), (tile[0], tile[1]), (tile[0], tile[1]))
-
-
-@functools.lru_cache(maxsize=8)
-def _windows(layout: CellLayout, margin: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the windows of all cells, (n_i, n_j, y, x), as an expanded product."""
-    rows = _ramp_windows(layout.n_i, layout.height, margin)
-    columns = _ramp_windows(layout.n_j, layout.width, margin)
-    return (rows[:, None, :, None] * columns[None, :, None, :]).to(device=device, dtype=dtype)
 
 
 def gram_kernels(kernels: torch.Tensor) -> torch.Tensor:

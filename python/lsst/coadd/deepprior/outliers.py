@@ -31,6 +31,7 @@ from astropy.table import Column, Table
 
 from .box_maximum import box_maximum
 from .psf import gaussian_stamp, shift_stamp
+from .smoothing import separably_smooth
 
 _OUTLIER_SIGMA = 5.5
 """Significance of an outlier; noise alone reaches it in one pixel of 30 million."""
@@ -78,14 +79,11 @@ def find_outliers(residual: torch.Tensor, scale: torch.Tensor, good: torch.Tenso
         Pixels to reject, or to look at.
     """
     deviation = torch.where(good, residual / scale, 0.0)
-    profile = torch.as_tensor(
-        gaussian_stamp(_OUTLIER_SMOOTHING).sum(axis=0), dtype=scale.dtype, device=scale.device
-    )
+    profile = gaussian_stamp(_OUTLIER_SMOOTHING).sum(axis=0)
     # No pixel counts for more than an outlier, so that a cosmic ray rejects its own surroundings only.
     bounded = deviation.clamp(-_OUTLIER_SIGMA, _OUTLIER_SIGMA)
-    smooth, norm = (
-        _smoothed(image, row) for image, row in ((bounded, profile), (good.to(scale.dtype), profile.square()))
-    )
+    smooth = separably_smooth(bounded, profile.tolist())
+    norm = separably_smooth(good.to(scale.dtype), (profile**2).tolist())
     together = torch.where(good, smooth / norm.clamp_min(1e-6).sqrt(), 0.0)
     together /= _scatter(together, good)
     return _grown_peaks(deviation.abs(), 1) | _grown_peaks(together.abs(), 3)
@@ -142,13 +140,6 @@ def shared_deficit(levels: torch.Tensor, noise: torch.Tensor, shape: tuple[int, 
     level = torch.where(upper_median < -least, upper_median, 0.0)[None, None]
     smooth = torch.nn.functional.interpolate(level, scale_factor=_SQUARE, mode="bilinear")
     return smooth[0, 0, : shape[0], : shape[1]]
-
-
-def _smoothed(image: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
-    """Convolve an image with the same profile along both axes; it is zero outside."""
-    half = len(profile) // 2
-    rows = torch.nn.functional.conv2d(image[None, None], profile[None, None, :, None], padding=(half, 0))
-    return torch.nn.functional.conv2d(rows, profile[None, None, None], padding=(0, half))[0, 0]
 
 
 def _scatter(together: torch.Tensor, good: torch.Tensor) -> float:

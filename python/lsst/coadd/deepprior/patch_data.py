@@ -23,6 +23,7 @@ from .groups import deal_groups, lower_median, median_of
 from .observation import Observation
 from .operators import CellConvolution, CellLayout, gram_kernels
 from .parallel import by_rows, give_freed_memory_back
+from .shared_spectra import AdjointSum, ModelSpectra
 from .statistics import SetStatistics, StatisticsSums, VisitSets, VisitTensors
 from .visit_kernels import VisitKernels
 
@@ -356,16 +357,16 @@ class PatchData:
             )
         gram = torch.stack([self._group_gram[m.nonzero()[:, 0].to(self.device)].sum(dim=0) for m in members])
         depth = torch.zeros((len(members), *self.shape), dtype=self.dtype, device=self.device)
-        sensitivity = torch.zeros_like(depth)
+        sensitivity = AdjointSum(depth)
         n_pixels = torch.zeros(len(members), dtype=self.dtype, device=self.device)
         for index, visit in self.visits():
             sets = self._sets_of(members, index)
             if len(sets):
-                sensitivity[sets] += visit.kernel.adjoint(visit.weight)
+                sensitivity.add(visit.kernel, sets, visit.weight.expand(len(sets), -1, -1))
                 depth[sets] += visit.weight
                 n_pixels[sets] += (visit.weight > 0).sum()
         return VisitSets(
-            members, CellConvolution(gram, self.layout, self.margin), sensitivity, depth, n_pixels
+            members, CellConvolution(gram, self.layout, self.margin), sensitivity.total(), depth, n_pixels
         )
 
     def _sets_of(self, members: torch.Tensor, visit: int) -> torch.Tensor:
@@ -414,11 +415,13 @@ class PatchData:
             torch.sub(flux, prediction, out=residual)
             torch.clamp(residual, -limit, limit, out=clipped)
 
+        every = ModelSpectra(models)
         for index, visit in self.visits():
             chosen = self._sets_of(sets.members, index)
             if len(chosen) == 0:
                 continue
-            prediction = visit.kernel.forward(models if len(chosen) == len(models) else models[chosen])
+            seen = every if len(chosen) == len(models) else ModelSpectra(models[chosen])
+            prediction = seen.seen_by(visit.kernel)
             residual, clipped = torch.empty_like(prediction), torch.empty_like(prediction)
             by_rows(clip, prediction, visit.flux, visit.variance, residual, clipped)
             sums.add(visit, chosen, prediction, clipped, residual)

@@ -40,6 +40,7 @@ import torch
 
 from .operators import CellConvolution
 from .parallel import by_rows
+from .shared_spectra import AdjointSum
 
 _MIN_COVERAGE = 1e-3
 """Part of the prediction that must have data for a pixel to be changed."""
@@ -172,9 +173,8 @@ class StatisticsSums:
     """
 
     def __init__(self, models: torch.Tensor, *, with_coverage: bool) -> None:
-        self._with_coverage = with_coverage
-        # The gradient, and the prediction that has data.
-        self._adjoint = models.new_zeros((1 + with_coverage, *models.shape))
+        self._gradient = AdjointSum(models)
+        self._predicted = AdjointSum(models) if with_coverage else None
         self._weighted = torch.zeros_like(models)
         self._objective = models.new_zeros(len(models))
 
@@ -201,14 +201,16 @@ class StatisticsSums:
         self._objective[chosen] += set_products(residual, clipped)
         torch.add(prediction, clipped, out=residual)
         _add(self._weighted, chosen, residual)
-        _add(self._adjoint[0], chosen, visit.kernel.adjoint(clipped))
-        if self._with_coverage:
-            _add(self._adjoint[1], chosen, visit.kernel.adjoint(prediction))
+        self._gradient.add(visit.kernel, chosen, clipped)
+        if self._predicted is not None:
+            self._predicted.add(visit.kernel, chosen, prediction)
 
     @property
     def predicted(self) -> torch.Tensor:
         """The adjoint of the prediction that has data, ``sum_t K_t^T w_t m_t K_t u_0`` (set, y, x)."""
-        return self._adjoint[1]
+        if self._predicted is None:
+            raise RuntimeError("The coverage was not computed.")
+        return self._predicted.total()
 
     def statistics(
         self, sets: VisitSets, models: torch.Tensor, coverage: torch.Tensor | None
@@ -226,9 +228,9 @@ class StatisticsSums:
         """
         tiny = torch.finfo(models.dtype).tiny
         everywhere = sets.gram.forward(models)
-        gradient = self._adjoint[0]
+        gradient = self._gradient.total()
         if coverage is None:
-            predicted = self._adjoint[1]
+            predicted = self.predicted
             coverage = (predicted / everywhere.clamp_min(tiny)).clamp_(0.0, MAX_COVERAGE)
             seen = predicted.add_(gradient)
         else:
