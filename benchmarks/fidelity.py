@@ -266,12 +266,14 @@ def _jobs(bench: Bench, family: str, seeds: Sequence[int], methods: Sequence[str
     jobs = []
     for name in methods:
         method = METHODS[name]
+        if not method.is_for(family):
+            continue
         if family == "standard":
             jobs += [Job(family, seed, name, method.grid) for seed in seeds]
         setting = bench.tuned(name)
         if setting is not None and family == "standard" and len(method.grid) > 1:
             jobs.append(Job(family, seeds[0], name, (setting,)))  # time and memory of one setting
-        elif setting is not None and family != "standard" and method.on_all:
+        elif setting is not None and family != "standard":
             jobs += [Job(family, seed, name, (setting,)) for seed in seeds]
     return jobs
 

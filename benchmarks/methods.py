@@ -39,7 +39,7 @@ _STARRED = (
 )
 """Script and interpreter of STARRED."""
 
-OURS = ("scratch", "pretrained")
+OURS = ("scratch", "pretrained", "refined")
 """The methods of this software."""
 
 
@@ -57,8 +57,8 @@ class Method:
         Function of a scene and the settings wanted.
     grid : `tuple` [`str`, ...]
         Settings; one, ``""``, where there is nothing to tune.
-    on_all : `bool`
-        Whether it runs on all families by default, and not on the standard one alone.
+    families : `tuple` [`str`, ...]
+        Families on which it runs; all if none is named.
     whole : `bool`
         Whether it takes the whole patch, and not `scenes.CUTOUT` alone.
     files : `tuple` [`pathlib.Path`, ...]
@@ -69,9 +69,13 @@ class Method:
     modules: tuple[str, ...]
     run: Callable[[Any, Sequence[str]], Outputs]
     grid: tuple[str, ...] = ("",)
-    on_all: bool = True
+    families: tuple[str, ...] = ()
     whole: bool = True
     files: tuple[Path, ...] = ()
+
+    def is_for(self, family: str) -> bool:
+        """Return whether it runs on a family."""
+        return not self.families or family in self.families
 
 
 def _peer(image: Any) -> dict[str, Any]:
@@ -141,7 +145,7 @@ def _starlet(scene: Any, settings: Sequence[str]) -> Outputs:
     return outputs
 
 
-def _restore(scene: Any, settings: Sequence[str], *, pretrained: bool) -> Outputs:
+def _restore(scene: Any, settings: Sequence[str], *, pretrained: bool, refined: bool = False) -> Outputs:
     """Restore with this software, and measure sources on model and residual."""
     from scenes import TARGET_SIGMA
 
@@ -157,7 +161,14 @@ def _restore(scene: Any, settings: Sequence[str], *, pretrained: bool) -> Output
 
         start["network"] = packaged_network()
     wanted = RestoreSettings(target_fwhm=TARGET_SIGMA * FWHM_PER_SIGMA, check_psf=False)
-    result = restore(scene.observations, scene.layout, wanted, **start)
+    visits = scene.observations
+    if refined:
+        from lsst.coadd.deepprior.psf_refinement import CorrectedObservations, refine_psfs
+
+        visits = CorrectedObservations(
+            visits, refine_psfs(visits, scene.layout, target_fwhm=wanted.target_fwhm)
+        )
+    result = restore(visits, scene.layout, wanted, **start)
     memory = peak_memory()
     plain = Coadd(
         result.image,
@@ -246,6 +257,10 @@ def _pretrained(scene: Any, settings: Sequence[str]) -> Outputs:
     return _restore(scene, settings, pretrained=True)
 
 
+def _refined(scene: Any, settings: Sequence[str]) -> Outputs:
+    return _restore(scene, settings, pretrained=True, refined=True)
+
+
 def _steps(*numbers: int) -> tuple[str, ...]:
     return tuple(f"steps={number}" for number in numbers)
 
@@ -280,20 +295,27 @@ METHODS: dict[str, Method] = {
         ("paper_form",),
         _by_steps("paper_form", "paper_form", seed=1),
         _steps(25, 50, 100, 200, 400),
-        on_all=False,
+        families=("standard",),
     ),
     "starred": Method(
         "STARRED",
         ("psf",),
         _starred,
         tuple(f"lambda={strength}" for strength in ("0.1", "0.3", "1")),
-        on_all=False,
+        families=("standard",),
         whole=False,
         files=_STARRED,
     ),
     "scratch": Method("this software, scratch", ("restore", "measure"), _scratch),
     "pretrained": Method(
         "this software, pretrained", ("restore", "measure", "weights"), _pretrained, files=(NETWORK,)
+    ),
+    "refined": Method(
+        "this software, pretrained, with learned PSFs",
+        ("restore", "measure", "weights", "psf_refinement"),
+        _refined,
+        families=("wrong_psf",),
+        files=(NETWORK,),
     ),
 }
 """The methods by name (`dict` [`str`, `Method`])."""

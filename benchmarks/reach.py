@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 NOT_RUN = "not run"
 
+_STARTS = tuple(name for name in OURS if METHODS[name].is_for("standard"))
+"""The starts of this software."""
+
 _PEERS = tuple(name for name, method in METHODS.items() if name not in OURS and method.whole)
 """Baselines that take the whole patch."""
 
@@ -75,15 +78,15 @@ def make(results: Results, seeds: Sequence[int]) -> str:
     text : `str`
         Markdown; lines marked with a dagger may be missed by a stated amount.
     """
-    rows = {name: results.rows("standard", seeds, name, "") for name in OURS}
+    rows = {name: results.rows("standard", seeds, name, "") for name in _STARTS}
     coadd = results.rows("standard", seeds, "coadd", "")
-    columns = {name: _lines(results, seeds, rows[name], coadd) if rows[name] else [] for name in OURS}
+    columns = {name: _lines(results, seeds, rows[name], coadd) if rows[name] else [] for name in _STARTS}
     template = next((lines for lines in columns.values() if lines), _lines(results, seeds, [], coadd))
-    text = "| line | limit | " + " | ".join(f"{METHODS[name].label} | verdict" for name in OURS) + " |\n"
-    text += "| --- " * (2 + 2 * len(OURS)) + "|\n"
+    text = "| line | limit | " + " | ".join(f"{METHODS[name].label} | verdict" for name in _STARTS) + " |\n"
+    text += "| --- " * (2 + 2 * len(_STARTS)) + "|\n"
     for number, (title, limit, *_) in enumerate(template):
         cells: list[str] = []
-        for name in OURS:
+        for name in _STARTS:
             cells += columns[name][number][2:] if columns[name] else [NOT_RUN, NOT_RUN]
         text += "| " + " | ".join([title, limit, *cells]) + " |\n"
     counts = {name: len(found) for name, found in rows.items() if 0 < len(found) < len(seeds)}
@@ -225,7 +228,7 @@ def _whole_rows(results: Results, seeds: Sequence[int], method: str) -> bool:
 def _winners(results: Results, seeds: Sequence[int], rows: dict[str, list[Row]]) -> str:
     """Say in words where a baseline at its chosen setting is better than this software."""
     text = []
-    for name in OURS:
+    for name in _STARTS:
         if not rows[name]:
             continue
         lost = []

@@ -97,11 +97,11 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _lines(results: Results, *, whole: bool = True) -> list[Line]:
-    """List the lines of tables: on the whole patch, or on the cutout."""
+def _lines(results: Results, family: str = "standard", *, whole: bool = True) -> list[Line]:
+    """List the lines of tables of a family: on the whole patch, or on the cutout."""
     lines = [Line("inverse-variance coadd, own resolution", "coadd", "own resolution")] if whole else []
     for name, method in METHODS.items():
-        if whole and not method.whole:
+        if not method.is_for(family) or (whole and not method.whole):
             continue
         setting = results.tuned(name)
         label = f"{method.label} ({setting})" if setting else method.label
@@ -213,7 +213,7 @@ def _grids(results: Results, seeds: Sequence[int], tuning: Sequence[int]) -> lis
 def _family(results: Results, family: str, seeds: Sequence[int]) -> str:
     """Make the part of one of the other families."""
     coadd = results.rows(family, seeds, "coadd", "own resolution")
-    lines = [line for line in _lines(results) if METHODS[line.method].on_all]
+    lines = _lines(results, family)
     rows = {line: results.rows(family, seeds, line.method, line.setting) for line in lines}
     names = (
         *("psnr", "ssim", "nrmse", "sky_error", "sky_rms", "artifacts", "star_size", "star_flux"),
@@ -279,6 +279,8 @@ def _glow(results: Results, seeds: Sequence[int]) -> str:
     """Make the part of the faint extended source."""
     body = []
     for name in ("coadd", "richardson_lucy", "starlet", *OURS):
+        if not METHODS[name].is_for(GLOW):
+            continue
         setting = results.tuned(name) or ""
         pairs = [
             (results.rows(GLOW, [seed], name, setting), results.rows("empty", [seed], name, setting))

@@ -30,6 +30,17 @@ def test_smoothing_is_that_of_scipy(block: int, monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_allclose(smooth, expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_values_apart(step: int) -> None:
+    """A dilated profile is the same with zeros in between."""
+    image = torch.randn(19, 26, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    dilated = np.zeros(4 * step + 1)
+    dilated[::step] = 1.0, 2.0, 5.0, 2.0, 1.0
+    expected = scipy.ndimage.convolve(image.numpy(), np.outer(dilated, dilated), mode="constant")
+    smooth = separably_smooth(image, [1.0, 2.0, 5.0, 2.0, 1.0], step)
+    np.testing.assert_allclose(smooth.numpy(), expected, atol=1e-12)
+
+
 def test_profiles_wider_than_the_image() -> None:
     image = torch.zeros(3, 40, dtype=torch.float64)
     image[2, 7] = 2.0

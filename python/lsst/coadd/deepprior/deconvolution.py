@@ -16,7 +16,6 @@ import numpy as np
 import scipy.ndimage
 import scipy.signal
 import torch
-import torch.nn.functional
 
 from .baselines import (
     PSF_ERRORS,
@@ -30,6 +29,7 @@ from .observation import Observation
 from .operators import CellConvolution, CellLayout
 from .patch_data import PatchData
 from .psf import FWHM_PER_SIGMA, carry_kernel, fwhm, gaussian_stamp
+from .smoothing import separably_smooth
 from .statistics import VisitSets
 
 _REFRESH_EVERY = 20
@@ -40,6 +40,9 @@ _MIN_SENSITIVITY = 1e-2
 
 _SCALES = 5
 """Number of scales of the starlet transform whose coefficients are sparse."""
+
+_SPLINE = (1.0 / 16.0, 4.0 / 16.0, 6.0 / 16.0, 4.0 / 16.0, 1.0 / 16.0)
+"""The B3 spline at whole pixels, the smoothing of that transform."""
 
 _START_STEPS = 240
 """Steps of maximum likelihood before the proximal ones, which would need thousands for star cores."""
@@ -138,12 +141,7 @@ def richardson_lucy(
 
 def _smooth(image: torch.Tensor, scale: int) -> torch.Tensor:
     """Convolve images (..., y, x) with the dilated B3 spline; 0 outside, so it is its own transpose."""
-    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=image.dtype, device=image.device) / 16.0
-    reach = 2 ** (scale + 1)
-    flat = image.reshape(-1, 1, *image.shape[-2:])
-    for kernel, padding in ((row[None, None, None], (0, reach)), (row[None, None, :, None], (reach, 0))):
-        flat = torch.nn.functional.conv2d(flat, kernel, padding=padding, dilation=2**scale)
-    return flat.reshape(image.shape)
+    return separably_smooth(image, _SPLINE, 2**scale)
 
 
 def _starlet(image: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from .parallel import by_rows
 from .psf import gaussian_stamp
 
 
-def separably_smooth(images: torch.Tensor, profile: Sequence[float]) -> torch.Tensor:
+def separably_smooth(images: torch.Tensor, profile: Sequence[float], step: int = 1) -> torch.Tensor:
     """Convolve images with a profile along both axes.
 
     Shifted images are added up, block of rows by block of rows: on a CPU that takes a tenth of the time of
@@ -30,6 +30,8 @@ def separably_smooth(images: torch.Tensor, profile: Sequence[float]) -> torch.Te
         Images; they are zero outside.
     profile : `~collections.abc.Sequence` [`float`]
         The profile, symmetric and of odd length.
+    step : `int`, optional
+        Distance in pixels of its values.
 
     Returns
     -------
@@ -42,10 +44,10 @@ def separably_smooth(images: torch.Tensor, profile: Sequence[float]) -> torch.Te
         for image, weight in zip(shifted[1:], profile[1:], strict=True):
             total.add_(image, alpha=weight)
 
-    half = len(profile) // 2
+    half = len(profile) // 2 * step
     for dim, border in ((-2, (0, 0, half, half)), (-1, (half, half))):
         padded = torch.nn.functional.pad(images, border)
-        shifted = [padded.narrow(dim, shift, images.shape[dim]) for shift in range(len(profile))]
+        shifted = [padded.narrow(dim, k * step, images.shape[dim]) for k in range(len(profile))]
         images = torch.empty_like(images)
         by_rows(weighted_sum, images, *shifted)
     return images
