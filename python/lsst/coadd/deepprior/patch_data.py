@@ -420,8 +420,10 @@ class PatchData:
             chosen = self._sets_of(sets.members, index)
             if len(chosen) == 0:
                 continue
-            seen = every if len(chosen) == len(models) else ModelSpectra(models[chosen])
-            prediction = seen.seen_by(visit.kernel)
+            if len(chosen) == len(models):
+                prediction = every.seen_by(visit.kernel)
+            else:
+                prediction = visit.kernel.forward(models[chosen])
             residual, clipped = torch.empty_like(prediction), torch.empty_like(prediction)
             by_rows(clip, prediction, visit.flux, visit.variance, residual, clipped)
             sums.add(visit, chosen, prediction, clipped, residual)
